@@ -1,0 +1,64 @@
+# On a fresh machine `make demo` and `make test` do all set-up: Python 3.11+, make and a package index are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SUITES := "tests/proto tests/client" "tests/server tests/training" "tests/bench tests/e2e"
+
+# The oldest generator whose stubs we support: the lower bounds of grpcio and protobuf in pyproject.toml are its own.
+STUB_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0
+STUBS := .venv-stubs
+
+.PHONY: demo test lint format stubs lock client-cost wheel clean
+
+demo: $(VENV)/.demo  ## the main job, end to end, in under a minute once installed
+	$(BIN)/matvae-bench demo
+
+test: $(VENV)/.test $(STUBS)/.made  ## every suite; torch and faiss never share a process
+	@status=0; for suite in $(SUITES); do $(BIN)/python -m pytest $$suite || status=1; done; exit $$status
+
+lint: $(VENV)/.test  ## ruff, mypy --strict, and buf where npx is to be had
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy client/examples
+	@if command -v npx >/dev/null; then npx --yes @bufbuild/buf@1.75.0 lint proto && echo "buf lint: ok"; \
+	else echo "buf lint: skipped, no npx"; fi
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+stubs: $(STUBS)/.made  ## write proto/matvae/v1/*_pb2* again
+	$(STUBS)/bin/python proto/generate.py proto
+
+client-cost: $(VENV)/.demo  ## what a constrained client pays: bytes installed, import time, memory
+	$(BIN)/matvae-bench client-cost
+
+wheel: $(VENV)/.test
+	$(BIN)/hatchling build
+
+lock: ## resolve everything anew into constraints.txt
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -q --upgrade pip
+	.venv-lock/bin/pip install -q '.[all]' --group dev
+	.venv-lock/bin/pip freeze --exclude matvae > constraints.txt
+	rm -rf .venv-lock
+
+clean:
+	rm -rf $(VENV) $(STUBS) demo dist build
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade 'pip>=25.1'
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install -q -c constraints.txt -e '.[server,bench]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install -q -c constraints.txt -e '.[all]' --group dev
+	@touch $@ $(VENV)/.demo
+
+$(STUBS)/.made: Makefile
+	$(PYTHON) -m venv $(STUBS)
+	$(STUBS)/bin/pip install -q $(STUB_TOOLS)
+	@touch $@
