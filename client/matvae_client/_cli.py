@@ -1,0 +1,227 @@
+"""`matvae`: the client as a command. Results go to stdout, everything else to stderr.
+
+Exit status: 0; 1 for an error, or where some image failed (the others are done); 2 for wrong usage; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matvae import __version__
+from matvae.v1 import codec
+from matvae_client import _cli_files as files
+from matvae_client import _cli_gallery as gallery
+from matvae_client import _cli_output as output
+from matvae_client import _cli_plan as plan
+from matvae_client import _sheet as sheet
+from matvae_client._card import HEAD_KINDS
+from matvae_client._cli_arguments import positive
+from matvae_client._client import EmbeddingClient
+from matvae_client._codes import Codes
+from matvae_client._errors import MatvaeError
+from matvae_client._index import PrefixIndex
+
+_EXAMPLES = """\
+examples:
+  matvae info                                          what the server computes, and how good each prefix is
+  matvae plan --vectors 1e6 --memory 64MB              which prefix and precision that buys
+  matvae embed photos --out photos.codes --dimensions 32 --precision int8
+  matvae search photos.codes query.png -k 5            the nearest photos; the codes stay on this machine
+  matvae pull photos --out photos --memory 8MB         codes that the server computed, at the size that fits
+  matvae classify query.png --dimensions 32 --kind mlp
+
+A server must be running: matvae-serve, on this machine or another (--server HOST:PORT, or MATVAE_SERVER).
+Each command has its own --help.
+"""
+_EMBED_EXAMPLES = """\
+examples:
+  matvae embed photos --out photos.codes                       every image under photos, all dimensions, float32
+  matvae embed a.png b.jpg --out two.codes --dimensions 32 --precision int8     32 bytes per image
+  matvae embed photos --out tiny.codes --dimensions 64 --precision binary       8 bytes per image
+
+  matvae embed photos --out photos-32 --dimensions 32          a folder of codes, to which a second run adds new files
+
+The ids of the codes are the paths of the files. A file that cannot be used is left out and reported at the end. A name
+with a suffix is a file, written at the end; one without is a folder, in which what is done stays done.
+"""
+_SEARCH_EXAMPLES = """\
+examples:
+  matvae search photos.codes query.png                 the 10 nearest
+  matvae search photos.codes queries -k 3 --json       for programs
+  matvae search photos.codes query.png --html found.html           to look at
+  matvae search photos --query-codes query.codes       with codes that you have: no server is needed
+
+Queries are embedded at the dimensions and the precision of the codes. Distances are squared Euclidean, for binary
+codes the number of bits that differ.
+"""
+_CLASSIFY_EXAMPLES = """\
+examples:
+  matvae classify shoe.png                             the logistic head of all dimensions
+  matvae classify photos --dimensions 32 --kind mlp    the MLP of the first 32; matvae info --json lists the heads
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    output.accept_any_text()
+    try:
+        options = _parser().parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = options.run
+        status = run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read us has enough. Python would complain while it flushes stdout on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (MatvaeError, OSError) as error:
+        output.complain(str(error))
+        return 1
+    return status
+
+
+def _info(options: argparse.Namespace) -> int:
+    with _client(options) as client:
+        card = client.model()
+    if options.json:
+        output.print_json(card.to_dict())
+    else:
+        output.print_card(card)
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    if not options.out.parent.is_dir():
+        raise NotADirectoryError(f"{options.out.parent} is not a folder")
+    kind = {"dimensions": options.dimensions, "precision": options.precision}
+    if options.out.is_dir() or not options.out.suffix:
+        directory = files.open_directory(options.out)
+        with _client(options) as client:
+            added, failed = files.embed_into(directory, client, files.list_files(options.paths), **kind)
+        output.print_directory(directory, added, failed, as_json=options.json)
+        return output.report(failed)
+    files.check_file(options.out)
+    with _client(options) as client:
+        codes, failed = files.embed_files(client, options.paths, **kind)
+    if len(codes):
+        codes.save(options.out)
+        output.print_codes(codes, options.out, failed, as_json=options.json)
+    return output.report(failed)
+
+
+def _search(options: argparse.Namespace) -> int:
+    stored = Codes.load(options.codes)
+    failed: list[tuple[str, str]] = []
+    if options.query_codes is not None:
+        queries = Codes.load(options.query_codes)
+        if not queries.offset and not stored.offset and queries.dimensions > stored.dimensions:
+            queries = queries.truncate(stored.dimensions)
+    else:
+        with _client(options) as client:
+            queries, failed = files.embed_files(
+                client,
+                options.queries,
+                dimensions=stored.dimensions,
+                offset=stored.offset,
+                precision=stored.precision,
+            )
+    names = queries.ids or tuple(str(place) for place in range(len(queries)))
+    found = PrefixIndex(stored).search(queries, options.k)
+    if options.html is not None:
+        options.html.write_text(sheet.render(names, found), encoding="utf-8", errors="backslashreplace")
+    output.print_neighbours(names, found, as_json=options.json)
+    return output.report(failed)
+
+
+def _classify(options: argparse.Namespace) -> int:
+    with _client(options) as client:
+        dimensions = options.dimensions or client.model().dimensions
+        classifier = client.classifier(dimensions, options.kind)
+        codes, failed = files.embed_files(client, options.paths, dimensions=dimensions)
+    output.print_labels(codes.ids or (), classifier.classes, classifier.predict_proba(codes), as_json=options.json)
+    return output.report(failed)
+
+
+def _client(options: argparse.Namespace) -> EmbeddingClient:
+    return EmbeddingClient(options.server, model=options.model)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="matvae",
+        description="Embed images at the size that you can afford; search and classify on your own machine.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"matvae {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        help_text: str,
+        epilog: str | None = None,
+        group: argparse._SubParsersAction[argparse.ArgumentParser] = commands,
+    ) -> argparse.ArgumentParser:
+        sub = group.add_parser(
+            name,
+            help=help_text,
+            description=help_text[0].upper() + help_text[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        server = os.environ.get("MATVAE_SERVER", "localhost:50051")
+        sub.add_argument("--server", default=server, metavar="HOST:PORT", help=f"default {server} (MATVAE_SERVER)")
+        sub.add_argument("--model", default="", metavar="NAME", help="default: the server's own default")
+        sub.add_argument("--json", action="store_true", help="print JSON, for programs")
+        return sub
+
+    command("info", _info, "show the model's card: input, prefixes, measured quality")
+
+    plan.add_arguments(command("plan", plan.run, plan.HELP, plan.EXAMPLES))
+
+    embed = command("embed", _embed, "compute the codes of images and save them", _EMBED_EXAMPLES)
+    embed.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="an image, or a folder of images")
+    embed.add_argument("--out", required=True, type=Path, metavar="FILE-or-DIR", help="the codes to write")
+    _add_dimensions(embed)
+    embed.add_argument("--precision", default="float32", choices=codec.PRECISIONS, help="default float32")
+
+    search = command("search", _search, "find the nearest codes of query images", _SEARCH_EXAMPLES)
+    search.add_argument("codes", type=Path, metavar="CODES", help="what `matvae embed` or `matvae pull` wrote")
+    asked = search.add_mutually_exclusive_group(required=True)
+    asked.add_argument(
+        "queries", nargs="*", default=[], type=Path, metavar="QUERY", help="an image, or a folder of images"
+    )
+    asked.add_argument("--query-codes", type=Path, metavar="CODES", help="codes to search for, instead of images")
+    search.add_argument("-k", type=positive, default=10, metavar="K", help="neighbours per query; default 10")
+    search.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows what was found, too")
+
+    galleries = commands.add_parser("gallery", help="make and list galleries: codes that a server keeps to be pulled")
+    of_galleries = galleries.add_subparsers(required=True, metavar="COMMAND")
+    gallery.add_build_arguments(
+        command(
+            "build", gallery.build, "compute whole codes into a gallery", gallery.BUILD_EXAMPLES, group=of_galleries
+        )
+    )
+    command("list", gallery.show, "list the galleries of the server", group=of_galleries)
+    gallery.add_pull_arguments(
+        command("pull", gallery.pull, "copy a gallery, at the size that you can afford", gallery.PULL_EXAMPLES)
+    )
+
+    classify = command("classify", _classify, "name the class of images", _CLASSIFY_EXAMPLES)
+    classify.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="an image, or a folder of images")
+    _add_dimensions(classify)
+    classify.add_argument("--kind", default="logistic", choices=HEAD_KINDS, help="default logistic")
+    return parser
+
+
+def _add_dimensions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dimensions", type=positive, metavar="M", help="how many leading coordinates; default: all of them"
+    )

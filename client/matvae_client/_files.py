@@ -1,0 +1,111 @@
+"""One file at rest: safetensors whose metadata names its format and version. Nothing is pickled.
+
+Writing goes to a file beside the target, which then replaces it: a reader sees the old file or the new one. Because
+it replaces, it takes regular files only: a device or a pipe would be gone.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from matvae_client._errors import FormatError
+
+VERSION = 1
+
+Tensors: TypeAlias = dict[str, npt.NDArray[Any]]
+PathLike: TypeAlias = str | os.PathLike[str]
+
+
+def write(path: PathLike, kind: str, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+    """Write `tensors` as a file of format `kind`, atomically. Raises OSError, see `target_of`."""
+    from safetensors.numpy import save_file
+
+    target = target_of(path)
+    temporary = target.with_name(f".matvae.{secrets.token_hex(8)}")  # as short for a name of any length
+    with temporary.open("xb") as file:
+        mode = os.fstat(file.fileno()).st_mode  # what the umask allows; safetensors would make it private
+    try:
+        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, {"format": kind, "version": str(VERSION), **metadata})
+        temporary.chmod(mode & 0o777)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def target_of(path: PathLike) -> Path:
+    """The file that `write` makes or replaces: `path`, or what it links to.
+
+    Raises OSError where something else than a regular file is there.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return target
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder: give the name of a file")
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{path} is no regular file, and saving would replace it: give the name of a new file")
+    return target
+
+
+def read(path: PathLike, kind: str, *, without: str = "") -> tuple[Tensors, dict[str, str]]:
+    """The tensors and metadata of a file of format `kind`, but for the tensor `without`, which may be large.
+
+    Raises FormatError that names the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            found, version = metadata.get("format", "unknown"), metadata.get("version", "")
+            if found != kind:
+                raise FormatError(f"{path} is no {kind} file: its format is {found}")
+            if version != str(VERSION):
+                newer = version.isdecimal() and int(version) > VERSION
+                raise FormatError(
+                    f"{path} was written by a newer matvae (version {version} of {kind}, this one reads {VERSION}): "
+                    "upgrade matvae"
+                    if newer
+                    else f"{path} has no known version of {kind}: {version!r}"
+                )
+            names = [name for name in file.keys() if name != without]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, metadata
+    except SafetensorError as error:
+        raise FormatError(f"{path} is no {kind} file, or is damaged: {error}") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def map_tensor(path: PathLike, name: str) -> npt.NDArray[np.uint8]:
+    """A uint8 tensor of a file that `read` accepts, left on disk: pages come into memory as they are looked at.
+
+    Read-only. The file may be replaced or unlinked meanwhile. Raises FormatError that names the file.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")  # of the JSON header, which the tensors follow
+            entry = json.loads(file.read(size))[name]
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_RANDOM)  # single rows are wanted, not what stands after them
+        shape = entry["shape"]
+        return np.frombuffer(mapped, np.uint8, shape[0] * shape[1], 8 + size + entry["data_offsets"][0]).reshape(shape)
+    except (KeyError, IndexError, ValueError) as error:
+        raise FormatError(f"{path} is damaged: {name} cannot be mapped: {error}") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -1,0 +1,262 @@
+"""Pulling a gallery: codes that a server keeps, at the size that this client can afford.
+
+What came before a break is kept, in memory or on disk (`DIR/.pull`), and the next attempt goes on from there. Nothing
+is believed before its SHA-256 over all rows and ids is that of the server's; then a directory changes in one step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+
+from matvae import store
+from matvae.v1 import codec
+from matvae.v1 import embedding_pb2 as pb
+from matvae_client._card import ModelCard
+from matvae_client._codes import Codes, require_space
+from matvae_client._errors import DeadlineError, InvalidRequestError, ServerError, UnavailableError
+from matvae_client._progress import Progress, ProgressOption
+from matvae_client._store import CodesDirectory, extend, overwrite
+
+Stream: TypeAlias = Callable[[pb.PullGalleryRequest], Iterator[pb.PullGalleryResponse]]
+
+_STAGING = ".pull"
+_COMMIT_BYTES = 16 * 2**20
+"""How much of a pull into a directory is in memory before it is on disk."""
+_LONG = 100_000
+_BLOCK_ROWS = 2**16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GallerySummary:
+    """A gallery of a server at its newest `version`: `count` whole codes of `dimensions`, to be pulled at any size."""
+
+    name: str
+    fingerprint: str
+    count: int
+    version: int
+    dimensions: int
+
+
+def pull_gallery(
+    request: pb.PullGalleryRequest,
+    card: ModelCard,
+    target: CodesDirectory | None,
+    stream: Stream,
+    progress: ProgressOption,
+) -> Codes:
+    """The codes that `request` asks for; `target` becomes a copy of them. `stream` starts an attempt."""
+    pull = _Pull(request, card, target)
+    newest = pull.run(stream, progress)
+    if target is None:
+        return pull.codes()
+    pull.finish()
+    if not request.version and pull.version < newest:
+        # It went on with a pull that was broken off earlier, and the gallery has changed since: now the rest.
+        return pull_gallery(request, card, target, stream, progress)
+    return target.codes()
+
+
+class _Pull:
+    """One pull of `request` for the model of `card`, in as many attempts as it takes.
+
+    `target` is the directory that becomes a copy, None to keep the codes in memory.
+    """
+
+    def __init__(self, request: pb.PullGalleryRequest, card: ModelCard, target: CodesDirectory | None) -> None:
+        self._request = request
+        self._target = target
+        precision = codec.PRECISION_NAMES[request.precision]
+        self._empty = Codes(
+            rows=np.empty((0, codec.bytes_per_vector(request.dimensions - request.offset, precision)), np.uint8),
+            dimensions=request.dimensions,
+            offset=request.offset,
+            precision=precision,
+            fingerprint=card.fingerprint,
+            quantiser=card.quantiser.slice(request.offset, request.dimensions),
+            ids=(),
+        )
+        self._arrived: list[Codes] = []  # what is not in the staging directory, or all where there is none
+        self._removed: set[str] = set()
+        self.version = request.version
+        self._count = 0
+        self._base, self._since = self._held_version()
+        self._staging = self._staged()
+
+    def run(self, stream: Stream, progress: ProgressOption) -> int:
+        """Pull until everything is here and checked; the newest version of the gallery, as the server told at the end.
+
+        Raises what `stream` raises once an attempt brings nothing, and ServerError where the server contradicts itself.
+        """
+        fresh = False
+        with contextlib.ExitStack() as stack:
+            bar: Progress | None = None
+            while True:
+                before, end = self._held(), None
+                try:
+                    for message in stream(self._next_request()):
+                        end = self._take(message)
+                        if bar is None:
+                            bar = stack.enter_context(Progress(progress, self._count, long=_LONG, what="pulling"))
+                            bar.advance(before)
+                        bar.advance(len(message.rows.ids))
+                except (UnavailableError, DeadlineError):
+                    if self._held() <= before:
+                        raise
+                    continue
+                finally:
+                    self._flush()
+                if end is None:
+                    raise ServerError(f"the pull of {self._request.gallery!r} stopped without an end")
+                if self._digest() == (end.count, end.sha256):
+                    return int(end.newest_version)
+                if fresh:
+                    raise ServerError(
+                        f"what arrived of gallery {self._request.gallery!r} is not what its SHA-256 says: pull it again"
+                    )
+                # Rows of two galleries of one name have met, or the copy was damaged: everything anew, once.
+                self._drop_base()
+                self._drop_arrived()
+                self.version, fresh = self._request.version, True
+
+    def codes(self) -> Codes:
+        """What was pulled into memory."""
+        return Codes.concatenate([self._empty, *self._arrived])
+
+    def finish(self) -> None:
+        """Make the target a copy of what was pulled."""
+        assert self._target is not None
+        source = {"gallery": self._request.gallery, "version": self.version}
+        if self._base is None or self._held() or self._target.source != source:
+            overwrite(self._target, self._state, source=source)
+        self._drop_arrived()
+
+    def _held_version(self) -> tuple[CodesDirectory | None, int]:
+        """The copy that the pull can start from, and which version of the gallery it is."""
+        target = self._target
+        if target is None or not target.version:
+            return None, 0
+        assert target.like is not None
+        require_space(self._empty, target.like.fingerprint, str(target.path))
+        if _kind(target.like) != _kind(self._empty):
+            raise InvalidRequestError.of(
+                "into", f"{target.path} holds {target.like!r}, not {self._empty!r}: pull into another folder"
+            )
+        if target.source.get("gallery") != self._request.gallery:
+            raise InvalidRequestError.of(
+                "into",
+                f"{target.path} is no copy of gallery {self._request.gallery!r}, or was changed since: "
+                "pull into another folder",
+            )
+        return target, int(target.source["version"])
+
+    def _staged(self) -> CodesDirectory | None:
+        """Where rows are kept until the pull is complete, with those of a pull that was broken off if it was this."""
+        if self._target is None:
+            return None
+        staging = CodesDirectory(self._target.path / _STAGING)
+        if staging.like is not None:
+            source, this = dict(staging.source), {"gallery": self._request.gallery, "since": self._since}
+            version = source.pop("version")
+            if source == this and _kind(staging.like) == _kind(self._empty) and self.version in (0, version):
+                self.version = int(version)
+            else:
+                shutil.rmtree(staging.path)
+                staging.reload()
+        return staging
+
+    def _next_request(self) -> pb.PullGalleryRequest:
+        request = pb.PullGalleryRequest()
+        request.CopyFrom(self._request)
+        request.since_version, request.version, request.position = self._since, self.version, self._held()
+        return request
+
+    def _take(self, message: pb.PullGalleryResponse) -> pb.PullEnd | None:
+        """The next message of an attempt; the end, where it is one."""
+        match message.WhichOneof("part"):
+            case "start":
+                self._start(message.start)
+            case "removals":
+                self._removed.update(message.removals.ids)
+            case "rows":
+                self._add(message.rows)
+            case "end":
+                return message.end
+        return None
+
+    def _start(self, start: pb.PullStart) -> None:
+        if start.position not in (0, self._held()) or start.since_version not in (0, self._since):
+            raise ServerError(f"asked to go on from row {self._held()}, the server goes on from {start.position}")
+        if not start.position:
+            self._drop_arrived()
+        if not start.since_version:
+            self._drop_base()
+        self.version, self._count = start.version, start.count
+        self._removed.clear()
+
+    def _add(self, rows: pb.GalleryRows) -> None:
+        codes, like = rows.codes, self._empty
+        got = (codes.dimensions, codes.offset, codes.precision, codes.fingerprint)
+        if got != (like.dimensions, like.offset, codec.PRECISIONS[like.precision], like.fingerprint):
+            raise ServerError(
+                f"asked for codes like {like!r}, the pull has (dimensions, offset, precision, space) {got}"
+            )
+        size = like.bytes_per_vector
+        if len(codes.data) != codes.count * size or codes.count != len(rows.ids):
+            raise ServerError(f"the pull has {codes.count} rows in {len(codes.data)} bytes, with {len(rows.ids)} ids")
+        try:
+            packed = np.frombuffer(codes.data, np.uint8).reshape(-1, size)
+            self._arrived.append(dataclasses.replace(like, rows=packed, ids=tuple(rows.ids)))
+        except InvalidRequestError as error:
+            raise ServerError(f"the codes that the server sent cannot be used: {error}") from None
+        if self._staging is not None and sum(_memory(part) for part in self._arrived) >= _COMMIT_BYTES:
+            self._flush()
+
+    def _held(self) -> int:
+        return sum(map(len, self._arrived)) + (len(self._staging) if self._staging is not None else 0)
+
+    def _flush(self) -> None:
+        if self._staging is not None and self._arrived:
+            source = {"gallery": self._request.gallery, "since": self._since, "version": self.version}
+            extend(self._staging, self._arrived, source=source)
+            self._arrived = []
+
+    def _drop_arrived(self) -> None:
+        self._arrived = []
+        if self._staging is not None and self._staging.path.exists():
+            shutil.rmtree(self._staging.path)
+            self._staging.reload()
+
+    def _drop_base(self) -> None:
+        self._base, self._since = None, 0
+
+    def _state(self) -> Iterator[Codes]:
+        """All that the copy will hold, in order: what it had and keeps, then what came. The first is never missing."""
+        yield self._empty
+        for part in self._base.parts() if self._base is not None else ():
+            for start in range(0, len(part), _BLOCK_ROWS):
+                block = part[start : start + _BLOCK_ROWS]
+                yield block[np.array([name not in self._removed for name in block.ids or ()], bool)]
+        if self._staging is not None:
+            yield from self._staging.parts()
+        yield from self._arrived
+
+    def _digest(self) -> tuple[int, str]:
+        digest = store.Digest()
+        for codes in self._state():
+            digest.update(codes.rows, codes.ids or ())
+        return digest.count, digest.hexdigest()
+
+
+def _kind(codes: Codes) -> tuple[object, ...]:
+    return codes.fingerprint, codes.offset, codes.dimensions, codes.precision
+
+
+def _memory(codes: Codes) -> int:
+    """About how many bytes of memory codes take, ids included: a str of Python's is 60 and its text."""
+    return codes.nbytes + sum(60 + len(name) for name in codes.ids or ())

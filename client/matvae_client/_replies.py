@@ -1,0 +1,94 @@
+"""The replies to one `embed`: checked against what was asked, and put into the caller's order."""
+
+from __future__ import annotations
+
+import grpc
+import numpy as np
+
+from matvae.v1 import codec
+from matvae.v1 import embedding_pb2 as pb
+from matvae_client._card import ModelCard
+from matvae_client._codes import Codes
+from matvae_client._errors import FingerprintMismatchError, InvalidRequestError, ItemError, ServerError
+
+_STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class Replies:
+    """What one `embed` asked of the model of `card`, and what has come back.
+
+    Raises InvalidRequestError where the model has no such codes.
+    """
+
+    def __init__(self, card: ModelCard, dimensions: int, offset: int, precision: str) -> None:
+        check_slice(card, dimensions, offset, precision)
+        self.errors: list[ItemError] = []
+        self._card, self._dimensions, self._offset, self._precision = card, dimensions, offset, precision
+        self._row_bytes = codec.bytes_per_vector(dimensions - offset, precision)
+        self._positions: list[int] = []
+        self._rows: list[codec.Bytes] = []
+
+    def add(self, positions: list[int], reply: pb.EmbedResponse) -> None:
+        """Take the reply to the images at `positions`. Raises ServerError where it is not one."""
+        codes = reply.codes
+        check_fingerprint(codes.fingerprint, self._card)
+        failed = {error.index for error in reply.errors}
+        asked = (self._dimensions, self._offset, codec.PRECISIONS[self._precision])
+        got = (codes.dimensions, codes.offset, codes.precision)
+        if asked != got:
+            raise ServerError(f"asked for codes of (dimensions, offset, precision) {asked}, the reply has {got}")
+        if len(failed) != len(reply.errors) or any(index >= len(positions) for index in failed):
+            raise ServerError(f"the reply to {len(positions)} images names failed ones that are not among them")
+        if codes.count + len(failed) != len(positions) or len(codes.data) != codes.count * self._row_bytes:
+            raise ServerError(
+                f"the reply to {len(positions)} images has {codes.count} codes in {len(codes.data)} bytes "
+                f"({self._row_bytes} each) and {len(failed)} errors"
+            )
+        for error in reply.errors:
+            message = error.message.removeprefix(f"encoded.files[{error.index}]: ")
+            code = _STATUS_CODES.get(error.code, grpc.StatusCode.UNKNOWN)
+            self.errors.append(ItemError(positions[error.index], code, message))
+        self._positions += (place for index, place in enumerate(positions) if index not in failed)
+        self._rows.append(np.frombuffer(codes.data, np.uint8).reshape(-1, self._row_bytes))
+
+    def codes(self) -> Codes:
+        """Everything gathered. Raises InvalidRequestError where there were no images."""
+        if not self._rows and not self.errors:
+            raise InvalidRequestError.of("images", "nothing to embed")
+        rows = np.concatenate(self._rows) if self._rows else np.empty((0, self._row_bytes), np.uint8)
+        order = np.array(self._positions, np.int64)
+        if (np.diff(order) < 0).any():  # raw and encoded images travelled apart
+            rows = rows[np.argsort(order)]
+        try:
+            return Codes(
+                rows=rows,
+                dimensions=self._dimensions,
+                offset=self._offset,
+                precision=self._precision,
+                fingerprint=self._card.fingerprint,
+                quantiser=self._card.quantiser.slice(self._offset, self._dimensions),
+                errors=tuple(sorted(self.errors, key=lambda error: error.index)),
+            )
+        except InvalidRequestError as error:
+            raise ServerError(f"the codes that the server sent cannot be used: {error}") from None
+
+
+def check_fingerprint(got: str, card: ModelCard) -> None:
+    """Raise FingerprintMismatchError unless a reply is of the card's embedding space."""
+    if got != card.fingerprint:
+        raise FingerprintMismatchError(
+            f"the server answered with fingerprint {got}, its card had {card.fingerprint}: its model has changed; "
+            "call model(refresh=True) and embed again what you store"
+        )
+
+
+def check_slice(card: ModelCard, dimensions: int, offset: int, precision: str) -> None:
+    """Raise InvalidRequestError where the model of `card` has no codes z[offset:dimensions] of that precision."""
+    if precision not in codec.PRECISIONS:
+        raise InvalidRequestError.of("precision", f"{precision!r} is none of {', '.join(codec.PRECISIONS)}")
+    if not 1 <= dimensions <= card.dimensions:
+        raise InvalidRequestError.of("dimensions", f"{dimensions} is not between 1 and {card.dimensions}")
+    if not 0 <= offset < dimensions:
+        raise InvalidRequestError.of("offset", f"{offset} is not between 0 and {dimensions - 1}, below dimensions")
+    if precision == "binary" and offset % 8:
+        raise InvalidRequestError.of("offset", f"{offset} is not a multiple of 8, which binary codes need")

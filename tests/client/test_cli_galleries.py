@@ -1,0 +1,242 @@
+"""`matvae` over codes directories and galleries, as people run it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+
+from matvae.v1 import codec
+from matvae.v1 import embedding_pb2 as pb
+from matvae_bench.server_process import ServerProcess
+from matvae_client import Codes, CodesDirectory, EmbeddingClient
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def matvae(server: ServerProcess, tmp_path: Path) -> Run:
+    def run(*arguments: object, address: str = server.address) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "matvae_client", *map(str, arguments)],
+            env=os.environ | {"MATVAE_SERVER": address, "COLUMNS": "100"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+def test_embedding_into_a_folder_does_nothing_twice(matvae: Run, photos: Path, tmp_path: Path) -> None:
+    moved = photos / "more" / "13.png"
+    moved.rename(tmp_path / "13.png")
+    (photos / "text.png").write_text("this is no picture")
+    arguments = ("embed", photos, "--out", "codes", "--dimensions", 32, "--precision", "int8")
+    done = matvae(*arguments)
+    assert (done.returncode, done.stdout) == (1, "codes: 19 codes of 32 bytes (32-d int8), 19 of them new\n")
+    assert "text.png: not a PNG" in done.stderr
+    (photos / "text.png").unlink()
+    (tmp_path / "13.png").rename(moved)
+    done = matvae(*arguments, "--json")
+    assert done.returncode == 0
+    told = json.loads(done.stdout)
+    assert (told["count"], told["added"], told["version"]) == (20, 1, 2)
+    codes = Codes.load(tmp_path / "codes")
+    assert sorted(codes.ids or ()) == sorted(str(path) for path in photos.rglob("*.png"))
+    assert (codes.ids or ())[-1] == str(moved)
+    found = json.loads(matvae("search", "codes", moved, "-k", 1, "--json").stdout)
+    assert found[0]["neighbours"][0]["id"] == str(moved)
+    other = matvae("embed", photos, "--out", "codes", "--dimensions", 16)
+    assert (other.returncode, other.stdout) == (1, "")
+    assert "codes holds Codes(0 x 32-d int8" in other.stderr
+    assert "choose another directory" in other.stderr
+
+
+def test_embedding_that_is_killed_goes_on_where_it_was(matvae: Run, faulty, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(1030):
+        (folder / f"{number:04}.png").write_bytes(number.to_bytes(2, "big") * 8)
+    reached = threading.Semaphore(0)  # one for each of the second batch's two requests: 4 files, and 2
+
+    def hold(request: pb.EmbedRequest, _: grpc.ServicerContext) -> pb.EmbedResponse:
+        if any(int.from_bytes(file[:2], "big") >= 1024 for file in request.encoded.files):
+            reached.release()
+            faulty.stopping.wait(60)
+        return faulty.honest(request)
+
+    faulty.embed = hold
+    command = [sys.executable, "-m", "matvae_client", "embed", "many", "--out", "codes", "--server", faulty.address]
+    with subprocess.Popen(command, cwd=tmp_path) as process:
+        assert reached.acquire(timeout=60)
+        assert reached.acquire(timeout=60)
+        process.send_signal(signal.SIGKILL)
+    faulty.embed, faulty.requests = lambda request, _: faulty.honest(request), []
+    faulty.stopping.set()
+    assert len(CodesDirectory(tmp_path / "codes")) == 1024
+    assert matvae("embed", "many", "--out", "codes", address=faulty.address).returncode == 0
+    assert sum(len(request.encoded.files) for request in faulty.requests) == 6
+    codes = CodesDirectory(tmp_path / "codes").codes()
+    assert codes.ids == tuple(f"many/{number:04}.png" for number in range(1030))
+    pixels = np.array([list(number.to_bytes(2, "big") * 8) for number in range(1030)], np.float32)
+    np.testing.assert_allclose(np.asarray(codes), pixels / 100, rtol=1e-6)
+
+
+def test_build_list_pull_and_search_without_a_server(
+    matvae: Run,
+    start_server: Callable[..., ServerProcess],
+    photos: Path,
+    tmp_path: Path,
+    client: EmbeddingClient,
+) -> None:
+    card = client.model()
+    built = matvae("gallery", "build", "kept", photos)
+    assert (built.returncode, built.stderr) == (0, "")
+    assert built.stdout == "kept: 20 codes of 512 bytes (128-d float32), 20 of them new\n"
+    assert "0 of them new" in matvae("gallery", "build", "kept", photos).stdout
+    with start_server("--gallery", f"photos={tmp_path / 'kept'}") as keeper:
+        listed = json.loads(matvae("gallery", "list", "--json", address=keeper.address).stdout)
+        assert [(one["name"], one["count"], one["version"]) for one in listed] == [("photos", 20, 1)]
+        assert matvae("gallery", "list", address=keeper.address).stdout.split()[:3] == ["photos", "20", "codes"]
+        # 640 bytes are 32 for each of the 20 codes.
+        done = matvae("pull", "photos", "--out", "copy", "--memory", "640B", "--json", address=keeper.address)
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert told["bytes_per_vector"] <= 32
+        best = max(
+            metric.value
+            for metric in card.metrics
+            if metric.name == "knn" and codec.bytes_per_vector(metric.dimensions, metric.precision) <= 32
+        )
+        assert card.metric("knn", told["dimensions"], told["precision"]).value == best
+        # What is added to the gallery comes with the next pull, at the same size.
+        extra = tmp_path / "extra.codes"
+        whole = client.embed([photos / "00.png"])
+        Codes(
+            rows=whole.rows,
+            dimensions=128,
+            precision="float32",
+            fingerprint=whole.fingerprint,
+            quantiser=whole.quantiser,
+            ids=("extra",),
+        ).save(extra)
+        assert "21 codes" in matvae("gallery", "build", "kept", extra).stdout
+        again = json.loads(matvae("pull", "photos", "--out", "copy", "--json", address=keeper.address).stdout)
+        assert (again["count"], again["precision"]) == (21, told["precision"])
+        small = matvae("pull", "photos", "--out", "other", "--memory", "4", address=keeper.address)
+        assert (small.returncode, small.stdout) == (1, "")
+        assert "nothing fits 4 bytes for 21 vectors: the smallest is" in small.stderr
+        none = matvae("pull", "hats", "--out", "other", address=keeper.address)
+        assert "no gallery 'hats'" in none.stderr
+        assert not (tmp_path / "other").exists()
+    kind = ("--dimensions", told["dimensions"], "--precision", told["precision"])
+    matvae("embed", photos / "more" / "13.png", "--out", "query.codes", *kind)
+    gone = keeper.address
+    found = matvae("search", "copy", "--query-codes", "query.codes", "-k", 1, "--json", address=gone)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)[0]["neighbours"][0]["id"] == str(photos / "more" / "13.png")
+
+
+def test_a_longer_query_code_is_cut(matvae: Run, photos: Path) -> None:
+    matvae("embed", photos, "--out", "short", "--dimensions", 16)
+    matvae("embed", photos / "05.png", "--out", "long.codes")
+    found = matvae("search", "short", "--query-codes", "long.codes", "-k", 1)
+    assert found.stdout.split() == [str(photos / "05.png"), "0", str(photos / "05.png")]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("search", "codes"),
+        ("search", "codes", "a.png", "--query-codes", "q.codes"),
+        ("gallery",),
+        ("gallery", "build", "folder"),
+        ("pull", "name"),
+        ("pull", "name", "--out", "x", "--memory", "much"),
+    ],
+)
+def test_wrong_usage_is_status_2(matvae: Run, arguments: tuple[str, ...]) -> None:
+    done = matvae(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage: matvae" in done.stderr
+
+
+def test_memory_is_instead_of_dimensions(matvae: Run) -> None:
+    done = matvae("pull", "name", "--out", "x", "--memory", "8MB", "--dimensions", "8")
+    assert done.returncode == 1
+    assert "not both" in done.stderr
+
+
+def test_only_whole_codes_go_into_a_gallery(matvae: Run, photos: Path) -> None:
+    matvae("embed", photos, "--out", "short.codes", "--dimensions", 32)
+    done = matvae("gallery", "build", "kept", "short.codes")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "embed with 128 dimensions, float32" in done.stderr
+
+
+def test_names_that_are_not_utf8_are_kept_and_shown_but_in_no_gallery(
+    matvae: Run, photos: Path, tmp_path: Path
+) -> None:
+    odd = Path(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png"))
+    (photos / "03.png").rename(odd)
+    shown = str(odd).encode(errors="backslashreplace").decode()
+    for out in ("photos.codes", "photos-codes"):
+        for flags in ((), ("--json",)):
+            done = matvae("embed", photos, "missing\udcff.png", "--out", out, "--dimensions", 8, *flags)
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+            assert "missing\\udcff.png: cannot read" in done.stderr
+        codes = Codes.load(tmp_path / out)
+        assert sorted(codes.ids or ()) == sorted(map(str, photos.rglob("*.png")))
+        found = matvae("search", out, odd, "-k", 1, "--html", "sheet.html")
+        assert (found.returncode, found.stderr) == (0, "")
+        assert found.stdout.split() == [shown, "0", shown]
+        assert (tmp_path / "sheet.html").read_text(encoding="utf-8").count(f"</b> {shown}") == 2
+        told = json.loads(matvae("search", out, odd, "-k", 1, "--json").stdout)
+        assert told[0]["neighbours"][0]["id"] == str(odd)
+    assert shown in matvae("classify", odd).stdout
+
+    matvae("embed", odd, "--out", "odd.codes")
+    matvae("embed", odd, "--out", "odd")
+    for folder, source in (("kept", photos), ("kept", "odd.codes"), ("kept", "odd"), ("odd", photos / "00.png")):
+        done = matvae("gallery", "build", folder, source)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"matvae: ids: the id {shown} is not UTF-8")
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "kept").exists()
+    assert len(CodesDirectory(tmp_path / "odd")) == 1
+
+
+def test_the_contact_sheet_shows_the_images_and_escapes_names(matvae: Run, photos: Path, tmp_path: Path) -> None:
+    nasty = photos / 'a"><script>alert(1)<.png'
+    (photos / "03.png").rename(nasty)
+    matvae("embed", photos, "--out", "photos.codes", "--dimensions", 32)
+    (photos / "04.png").unlink()  # found, but no longer there to be shown
+    done = matvae("search", "photos.codes", nasty, photos / "05.png", "-k", 20, "--html", "sheet.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "sheet.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert html.escape(str(nasty)) in page
+    assert page.count("<section>") == 2
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == 2 + 2 * 19
+    assert page.count('class="none"') == 2
+    with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as shown, Image.open(nasty) as original:
+        np.testing.assert_array_equal(np.asarray(shown.convert("L")), np.asarray(original))
+    assert not re.search(r'(src|href)="(?!data:)', page)
