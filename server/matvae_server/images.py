@@ -1,0 +1,111 @@
+"""Images as they arrive: checked, decoded and brought to the model's shape. Pure functions, no state.
+
+The resize rule `fit-bilinear-1` is what `decode` does, in this order: the EXIF orientation is applied; transparency is
+composited over black; colours become 8-bit grey (ITU-R 601-2 luma) or RGB; the largest centred part of the target's
+aspect ratio is cut out and resized with Pillow's antialiased bilinear filter. An image that already has the target's
+shape keeps its pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from matvae.v1 import embedding_pb2 as pb
+from matvae_server.errors import InvalidArgumentError
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+_PNG_BIT_DEPTH = 24
+"""Where a PNG's header says how many bits a sample has; Pillow cuts 16-bit colours to 8 without a word."""
+
+# Pillow's own guard warns or raises by a limit of its own; `Limits` is lower, and is checked at the same moment.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class ImageError(ValueError):
+    """One encoded image cannot be used; its neighbours can."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the server accepts; published with the model, so that clients keep to it."""
+
+    max_images_per_request: int = 256
+    max_message_bytes: int = 16 * 2**20
+    max_image_pixels: int = 2**24
+    min_image_side: int = 8
+
+    def to_proto(self) -> pb.Limits:
+        """The message of the same fields."""
+        return pb.Limits(**dataclasses.asdict(self))
+
+
+def check_count(count: int, limits: Limits, field: str) -> None:
+    """Raise InvalidArgumentError unless `count` images may stand in one request."""
+    if count == 0:
+        raise InvalidArgumentError(field, "no images: send at least one")
+    if count > limits.max_images_per_request:
+        raise InvalidArgumentError(
+            field, f"{count} images in one request; the limit is {limits.max_images_per_request}"
+        )
+
+
+def from_raw(raw: pb.RawImages, image_shape: tuple[int, int, int], limits: Limits) -> Pixels:
+    """The pixels of a request as uint8 (n, height, width, channels), without a copy.
+
+    Raises InvalidArgumentError where the shape is not the model's or the bytes are not that many.
+    """
+    shape = tuple(raw.shape)
+    if len(shape) != 4 or shape[1:] != image_shape:
+        expected = ", ".join(map(str, image_shape))
+        raise InvalidArgumentError("raw.shape", f"{list(shape)} is not [n, {expected}], the shape this model takes")
+    check_count(shape[0], limits, "raw.shape")
+    if len(raw.pixels) != math.prod(shape):
+        raise InvalidArgumentError(
+            "raw.pixels", f"{len(raw.pixels)} bytes, but shape {list(shape)} of uint8 takes {math.prod(shape)}"
+        )
+    return np.frombuffer(raw.pixels, np.uint8).reshape(shape)
+
+
+def decode(file: bytes, image_shape: tuple[int, int, int], limits: Limits) -> Pixels:
+    """A PNG, JPEG or WebP file as uint8 (height, width, channels), by the resize rule.
+
+    The size is judged from the header, before any pixel is decoded. Raises ImageError.
+    """
+    height, width, channels = image_shape
+    try:
+        image: Image.Image = Image.open(io.BytesIO(file), formats=FORMATS)
+        _check_size(image.size, limits)
+        if image.mode.startswith(("I", "F")) or (image.format == "PNG" and file[_PNG_BIT_DEPTH] > 8):
+            raise ImageError("samples of more than 8 bits are not accepted: convert to 8 bits per channel")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+        image = image.convert("L" if channels == 1 else "RGB")
+        if image.size != (width, height):
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from None
+    except Exception as error:  # Pillow's decoders raise almost anything on malformed files
+        raise ImageError(f"the file is truncated or corrupt: {error}") from None
+    return np.asarray(image, np.uint8).reshape(image_shape)
+
+
+def _check_size(size: tuple[int, int], limits: Limits) -> None:
+    width, height = size
+    if width * height > limits.max_image_pixels:
+        raise ImageError(f"the image is {width}x{height}; the limit is {limits.max_image_pixels} pixels")
+    if min(width, height) < limits.min_image_side:
+        raise ImageError(f"the image is {width}x{height}; each side must be at least {limits.min_image_side} pixels")

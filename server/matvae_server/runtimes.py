@@ -1,0 +1,89 @@
+"""The two encoder runtimes behind one interface: onnxruntime on a CPU, torch where there is CUDA.
+
+Both read the same bundle, carry the same fingerprint and agree within 1e-4 in fp32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from matvae.v1 import embedding_pb2 as pb
+from matvae_server.bundle import ENCODER, Bundle, BundleError
+
+NAMES = ("auto", "onnxruntime", "torch")
+
+
+class RuntimeUnavailableError(RuntimeError):
+    """The runtime asked for is not installed; the message says what to install."""
+
+
+class Encoder(Protocol):
+    """Computes codes; called from one thread."""
+
+    name: str
+    compute_precision: pb.ComputePrecision
+
+    def encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """uint8 (n, height, width, channels) -> raw posterior means, float32 (n, dimensions)."""
+        ...
+
+
+class OnnxEncoder:
+    """onnxruntime on the CPU, `threads` wide."""
+
+    name = "onnxruntime"
+    compute_precision = pb.COMPUTE_PRECISION_FP32
+
+    def __init__(self, bundle: Bundle, *, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Spinning burns a core between batches, which the event loop and the neighbours need.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            # From the bytes that were checked against their hash, not from the file, which may have changed since.
+            self._session = onnxruntime.InferenceSession(
+                bundle.encoder_onnx, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises classes of its own for each thing that is wrong
+            raise BundleError(f"{bundle.path / ENCODER} is not a model that onnxruntime reads: {error}") from None
+
+    def encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """See `Encoder`."""
+        codes: npt.NDArray[np.float32] = self._session.run(["codes"], {"images": images})[0]
+        return codes
+
+
+def choose(name: str, bundle: Bundle, *, threads: int) -> Encoder:
+    """The encoder of that name; "auto" is torch where CUDA works, else onnxruntime, else torch on the CPU.
+
+    Raises RuntimeUnavailableError.
+    """
+    if name == "auto":
+        name = "torch" if _cuda() or not _installed("onnxruntime") else "onnxruntime"
+    if not _installed(name):
+        extra = {"torch": "gpu", "onnxruntime": "server"}[name]
+        raise RuntimeUnavailableError(f"{name} is not installed: pip install 'matvae[{extra}]'")
+    if name == "onnxruntime":
+        return OnnxEncoder(bundle, threads=threads)
+    from matvae_server.runtime_torch import TorchEncoder
+
+    return TorchEncoder(bundle, device="cuda" if _cuda() else "cpu", threads=threads)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _cuda() -> bool:
+    if not _installed("torch"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()

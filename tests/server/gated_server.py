@@ -1,0 +1,33 @@
+"""A server whose encoder waits at a gate: `python gated_server.py FIFO`.
+
+Once it is warm, each batch waits until somebody has the FIFO open for writing. It cuts off what it does not wait for
+sooner than the real one, so that a test need not be slow to see the difference.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from matvae_server import cli, runtimes, server
+
+
+def main(gate: Path) -> int:
+    encode = runtimes.OnnxEncoder.encode
+
+    def gated(self: runtimes.OnnxEncoder, images: np.ndarray) -> np.ndarray:
+        if serving:
+            print("at the gate", flush=True)
+            gate.open().close()
+        return encode(self, images)
+
+    serving: list[bool] = []
+    say_ready = cli._say_ready
+    cli._say_ready = lambda address, model: (serving.append(True), say_ready(address, model))  # type: ignore[assignment]
+    runtimes.OnnxEncoder.encode = gated  # type: ignore[method-assign]
+    server.FLUSH_SECONDS = 0.2
+    return cli.main(["--port", "0", "--max-batch", "1"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1])))

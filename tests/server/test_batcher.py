@@ -1,0 +1,152 @@
+"""The encoder's thread: it coalesces, keeps to its cap, isolates failures, and loses nothing at the end."""
+
+import asyncio
+import queue
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from matvae_server import batcher
+from matvae_server.batcher import Batcher
+
+
+class Recorder:
+    """Encodes an image as its first byte; notes every batch, and holds the first until released."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.started = threading.Event()
+        self.release = threading.Event()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        self.batches.append(len(images))
+        self.started.set()
+        assert self.release.wait(10)
+        if (images == 255).all(axis=(1, 2, 3)).any():
+            raise RuntimeError("the encoder broke")
+        return images[:, 0, 0, :1].astype(np.float32)
+
+
+def labelled(*values: int) -> np.ndarray:
+    return np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+
+
+async def behind_a_held_batch(encode: Recorder, max_batch: int, requests: list[np.ndarray]) -> list[object]:
+    """Queue `requests` while the encoder is busy with an image 0; their results or exceptions."""
+    batcher = Batcher(encode, max_batch=max_batch)
+    first = asyncio.create_task(batcher.encode(labelled(0)))
+    await asyncio.to_thread(encode.started.wait, 10)
+    tasks = [asyncio.create_task(batcher.encode(request)) for request in requests]
+    await asyncio.sleep(0)  # every task has put its work into the queue
+    encode.release.set()
+    results = await asyncio.gather(first, *tasks, return_exceptions=True)
+    await batcher.close()
+    return results[1:]
+
+
+def values(results: list[object]) -> list[list[float]]:
+    return [np.asarray(result)[:, 0].tolist() for result in results]
+
+
+def test_what_gathered_goes_together_and_comes_back_apart() -> None:
+    encode = Recorder()
+    results = asyncio.run(behind_a_held_batch(encode, 64, [labelled(1), labelled(2, 3), labelled(4)]))
+    assert encode.batches == [1, 4]
+    assert values(results) == [[1], [2, 3], [4]]
+
+
+def test_the_cap_counts_images() -> None:
+    encode = Recorder()
+    results = asyncio.run(behind_a_held_batch(encode, 4, [labelled(1, 2, 3), labelled(4, 5), labelled(6)]))
+    assert encode.batches == [1, 3, 3]
+    assert values(results) == [[1, 2, 3], [4, 5], [6]]
+
+
+def test_a_request_above_the_cap_is_encoded_in_pieces() -> None:
+    encode = Recorder()
+    results = asyncio.run(behind_a_held_batch(encode, 4, [labelled(*range(1, 11))]))
+    assert encode.batches == [1, 4, 4, 2]
+    assert values(results) == [list(range(1, 11))]
+
+
+def test_a_failing_batch_fails_alone() -> None:
+    encode = Recorder()
+    results = asyncio.run(behind_a_held_batch(encode, 2, [labelled(255, 1), labelled(2)]))
+    assert isinstance(results[0], RuntimeError)
+    assert values(results[1:]) == [[2]]
+
+
+def test_work_of_a_caller_who_left_is_not_encoded() -> None:
+    encode = Recorder()
+
+    async def run() -> None:
+        batcher = Batcher(encode, max_batch=1)
+        first = asyncio.create_task(batcher.encode(labelled(0)))
+        await asyncio.to_thread(encode.started.wait, 10)
+        gone = asyncio.create_task(batcher.encode(labelled(1)))
+        stays = asyncio.create_task(batcher.encode(labelled(2)))
+        await asyncio.sleep(0)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        encode.release.set()
+        await asyncio.gather(first, stays)
+        await batcher.close()
+
+    asyncio.run(run())
+    assert encode.batches == [1, 1]
+
+
+def test_a_lone_request_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the encoder's thread waits by the clock."""
+
+    class Queue(queue.SimpleQueue):  # type: ignore[type-arg]
+        def get(self, block: bool = True, timeout: float | None = None) -> object:
+            assert timeout is None
+            return super().get(block, timeout)
+
+    def sleep(seconds: float) -> None:
+        raise AssertionError("the encoder's thread sleeps")
+
+    monkeypatch.setattr(batcher.queue, "SimpleQueue", Queue)
+    monkeypatch.setattr(time, "sleep", sleep)
+    encode = Recorder()
+    encode.release.set()
+
+    async def run() -> np.ndarray:
+        lone = Batcher(encode, max_batch=64)
+        result = await lone.encode(labelled(7))
+        await lone.close()
+        return result
+
+    assert values([asyncio.run(run())]) == [[7]]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_encoder_that_loses_rows_fails_its_batch_and_no_other(count: int) -> None:
+    replies = iter([np.zeros((count, 4), np.float32), np.zeros((2, 4), np.float32)])
+
+    async def run() -> None:
+        broken = Batcher(lambda images: next(replies), max_batch=64)
+        with pytest.raises(RuntimeError, match=f"{count} codes for 2 images"):
+            await broken.encode(labelled(1, 2))
+        assert (await broken.encode(labelled(1, 2))).shape == (2, 4)
+        await broken.close()
+
+    asyncio.run(run())
+
+
+def test_close_finishes_what_is_queued() -> None:
+    encode = Recorder()
+
+    async def run() -> list[np.ndarray]:
+        batcher = Batcher(encode, max_batch=2)
+        tasks = [asyncio.create_task(batcher.encode(labelled(value))) for value in range(5)]
+        await asyncio.sleep(0)
+        encode.release.set()
+        await batcher.close()
+        return await asyncio.gather(*tasks)
+
+    assert values(list(asyncio.run(run()))) == [[0], [1], [2], [3], [4]]

@@ -1,0 +1,220 @@
+"""What a server will keep as a gallery, and how it hands it out to a plain gRPC client."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from matvae.v1 import codec
+from matvae.v1 import embedding_pb2 as pb
+from matvae.v1 import embedding_pb2_grpc as pb_grpc
+from matvae_bench.server_process import ServerProcess, ServerStartError
+from matvae_client import Codes, CodesDirectory
+from matvae_server.bundle import Bundle
+from matvae_server.galleries import MESSAGE_BYTES, Gallery, GalleryError
+
+TIMEOUT = 30
+ROWS = 5000
+
+
+@pytest.fixture(scope="module")
+def random_codes(bundle: Bundle) -> Codes:
+    card = bundle.card
+    vectors = np.random.default_rng(0).normal(size=(ROWS, card.network.dimensions)).astype(np.float32)
+    return Codes(
+        rows=codec.pack(vectors, "float32", card.quantiser),
+        dimensions=card.network.dimensions,
+        precision="float32",
+        fingerprint=card.fingerprint,
+        quantiser=card.quantiser,
+        ids=tuple(f"ü{number}" for number in range(ROWS)),
+    )
+
+
+@pytest.fixture(scope="module")
+def gallery(random_codes: Codes, tmp_path_factory: pytest.TempPathFactory) -> CodesDirectory:
+    directory = CodesDirectory(tmp_path_factory.mktemp("galleries") / "random")
+    directory.append(random_codes)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def keeper(
+    gallery: CodesDirectory, start_server: Callable[..., ServerProcess]
+) -> Iterator[pb_grpc.EmbeddingServiceStub]:
+    with (
+        start_server(environment={"MATVAE_GALLERY": f"random={gallery.path},again={gallery.path}"}) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        yield pb_grpc.EmbeddingServiceStub(channel)
+
+
+def pull(stub: pb_grpc.EmbeddingServiceStub, **fields: object) -> list[pb.PullGalleryResponse]:
+    return list(stub.PullGallery(pb.PullGalleryRequest(gallery="random", **fields), timeout=TIMEOUT))
+
+
+def test_messages_are_of_bounded_size_and_come_in_order(
+    keeper: pb_grpc.EmbeddingServiceStub, random_codes: Codes
+) -> None:
+    messages = pull(keeper)
+    kinds = [message.WhichOneof("part") for message in messages]
+    assert kinds == ["start", *["rows"] * (len(kinds) - 2), "end"]
+    assert len(kinds) > 4
+    assert max(message.ByteSize() for message in messages) <= MESSAGE_BYTES + 2**12
+    assert b"".join(message.rows.codes.data for message in messages) == random_codes.rows.tobytes()
+    assert [name for message in messages for name in message.rows.ids] == list(random_codes.ids or ())
+
+
+def test_the_hash_is_what_the_documentation_says(keeper: pb_grpc.EmbeddingServiceStub) -> None:
+    messages = pull(keeper, dimensions=12, precision=pb.PRECISION_INT8)
+    data = b"".join(message.rows.codes.data for message in messages)
+    names = [name.encode() for message in messages for name in message.rows.ids]
+    sizes = b"".join(len(name).to_bytes(4, "little") for name in names)
+    digests = [hashlib.sha256(part).digest() for part in (data, sizes, b"".join(names))]
+    assert messages[-1].end.sha256 == hashlib.sha256(b"".join(digests)).hexdigest()
+    assert (messages[-1].end.count, messages[-1].end.newest_version) == (ROWS, 1)
+
+
+@pytest.mark.parametrize("position", [1, 2047, ROWS - 1, ROWS])
+def test_a_pull_goes_on_from_any_row(keeper: pb_grpc.EmbeddingServiceStub, position: int) -> None:
+    whole = pull(keeper, dimensions=4, precision=pb.PRECISION_INT8)
+    rest = pull(keeper, dimensions=4, precision=pb.PRECISION_INT8, version=1, position=position)
+    assert rest[0].start.position == position
+    data = [b"".join(message.rows.codes.data for message in messages) for messages in (whole, rest)]
+    assert data[1] == data[0][4 * position :]
+    assert rest[-1].end == whole[-1].end
+
+
+def test_compacting_takes_nothing_from_a_pull(random_codes: Codes, bundle: Bundle, tmp_path: Path) -> None:
+    """Message by message and without a server, which would send ahead of whoever reads."""
+    directory = CodesDirectory(tmp_path / "gallery")
+    for start in range(0, ROWS, ROWS // 2):
+        directory.append(random_codes[start : start + ROWS // 2])
+    gallery = Gallery.open("random", directory.path, bundle.card)
+    messages = gallery.pull(pb.PullGalleryRequest(gallery="random"), 0, random_codes.dimensions, "float32")
+    assert next(messages).start.count == ROWS
+    directory.compact()
+    directory.remove([(random_codes.ids or ())[0]])  # the shards that the pull reads are gone with this write
+    rest = list(messages)
+    assert b"".join(message.rows.codes.data for message in rest) == random_codes.rows.tobytes()
+    assert (rest[-1].end.count, rest[-1].end.newest_version) == (ROWS, 4)
+
+
+def test_what_cannot_be_gone_on_with_starts_anew(keeper: pb_grpc.EmbeddingServiceStub) -> None:
+    for fields in ({"position": 7}, {"version": 1, "position": ROWS + 1}, {"version": 9, "position": 7}):
+        start = pull(keeper, dimensions=2, **fields)[0].start
+        assert (start.version, start.since_version, start.position, start.count) == (1, 0, 0, ROWS)
+    assert pull(keeper, dimensions=2, since_version=9)[0].start.since_version == 0
+    start = pull(keeper, dimensions=2, since_version=1)[0].start
+    assert (start.since_version, start.count) == (1, 0)
+
+
+def test_wrong_requests_have_their_status(keeper: pb_grpc.EmbeddingServiceStub) -> None:
+    for fields, status, says in (
+        ({"gallery": "hats"}, grpc.StatusCode.NOT_FOUND, "random, again"),
+        ({"dimensions": 0}, grpc.StatusCode.INVALID_ARGUMENT, "dimensions"),
+        ({"precision": 9}, grpc.StatusCode.INVALID_ARGUMENT, "precision"),
+        ({"offset": 4, "precision": 4}, grpc.StatusCode.INVALID_ARGUMENT, "multiple of 8"),
+        ({"expected_fingerprint": "f" * 64}, grpc.StatusCode.FAILED_PRECONDITION, "f" * 64),
+    ):
+        request = pb.PullGalleryRequest(**({"gallery": "random"} | fields))
+        with pytest.raises(grpc.RpcError) as caught:
+            list(keeper.PullGallery(request, timeout=TIMEOUT))
+        assert caught.value.code() == status
+        assert says in caught.value.details()
+
+
+def test_sigterm_lets_a_pull_end(gallery: CodesDirectory, start_server: Callable[..., ServerProcess]) -> None:
+    with (
+        start_server("--gallery", f"random={gallery.path}") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = pb_grpc.EmbeddingServiceStub(channel)
+        messages = stub.PullGallery(pb.PullGalleryRequest(gallery="random"), timeout=TIMEOUT)
+        assert next(messages).HasField("start")
+        server.process.terminate()
+        assert list(messages)[-1].HasField("end")
+        assert server.process.wait(TIMEOUT) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"fingerprint": "f" * 64}, "f" * 64),
+        ({"precision": "int8"}, "not z[0:128] float32"),
+        ({"dimensions": 64}, "not z[0:128] float32"),
+    ],
+)
+def test_codes_of_another_kind_are_refused_at_the_start(
+    start_server: Callable[..., ServerProcess],
+    random_codes: Codes,
+    tmp_path: Path,
+    change: dict[str, object],
+    says: str,
+) -> None:
+    codes = random_codes[:3].truncate(int(str(change.get("dimensions", 128))))
+    if "precision" in change:
+        rows = codec.pack(np.asarray(codes), "int8", codes.quantiser)
+        codes = dataclasses.replace(codes, rows=rows, precision="int8")
+    if "fingerprint" in change:
+        codes = dataclasses.replace(codes, fingerprint="f" * 64)
+    CodesDirectory(tmp_path / "gallery").append(codes)
+    with pytest.raises(ServerStartError) as caught:
+        start_server("--gallery", f"mine={tmp_path / 'gallery'}")
+    assert "gallery 'mine'" in str(caught.value)
+    assert says in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_damaged_gallery_is_refused_at_the_start(
+    start_server: Callable[..., ServerProcess], random_codes: Codes, tmp_path: Path
+) -> None:
+    with pytest.raises(ServerStartError, match=r"no codes directory.*manifest\.json"):
+        start_server("--gallery", f"mine={tmp_path}")
+    CodesDirectory(tmp_path / "gallery").append(random_codes[:3])
+    (shard,) = (tmp_path / "gallery").glob("*.codes")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ServerStartError, match=f"{shard.name}.*SHA-256"):
+        start_server("--gallery", f"mine={tmp_path / 'gallery'}")
+
+
+@pytest.mark.parametrize("arguments", [["name"], ["=dir"], ["name="], ["a=x", "a=y"]])
+def test_galleries_that_make_no_sense_are_wrong_usage(
+    start_server: Callable[..., ServerProcess], arguments: list[str]
+) -> None:
+    with pytest.raises(ServerStartError, match=r"usage: matvae-serve[\s\S]*gallery"):
+        start_server(*(word for entry in arguments for word in ("--gallery", entry)))
+
+
+def test_a_gallery_that_becomes_another_models_is_refused(
+    start_server: Callable[..., ServerProcess], random_codes: Codes, tmp_path: Path
+) -> None:
+    directory = CodesDirectory(tmp_path / "gallery")
+    directory.append(random_codes[:3])
+    with (
+        start_server("--gallery", f"random={directory.path}") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = pb_grpc.EmbeddingServiceStub(channel)
+        assert pull(stub)[-1].end.count == 3
+        for path in directory.path.iterdir():
+            path.unlink()
+        directory.append(dataclasses.replace(random_codes[:3], fingerprint="f" * 64))
+        with pytest.raises(grpc.RpcError) as caught:
+            pull(stub)
+        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert "f" * 64 in caught.value.details()
+        assert str(tmp_path) not in caught.value.details()
+
+
+def test_ids_that_cannot_travel_are_refused_at_the_start(random_codes: Codes, bundle: Bundle, tmp_path: Path) -> None:
+    directory = CodesDirectory(tmp_path / "gallery")
+    directory.append(dataclasses.replace(random_codes[:1], ids=("caf\udce9.png",)))
+    with pytest.raises(GalleryError, match="not UTF-8"):
+        Gallery.open("names", directory.path, bundle.card)

@@ -1,0 +1,95 @@
+"""The one rule by which encoded images become pixels, and what it refuses."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from matvae_server.images import ImageError, Limits, decode
+
+GREY, RGB = (28, 28, 1), (32, 32, 3)
+LIMITS = Limits()
+
+
+def png(array: np.ndarray, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int, depth: int = 8, colour: int = 0) -> bytes:
+    """A PNG that claims a size; its pixels do not follow."""
+    content = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunk = b"IHDR" + content
+    body = b"IDAT" + zlib.compress(b"\0")
+    pack = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (chunk, body)]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(pack)
+
+
+def test_an_image_of_the_right_shape_keeps_its_pixels(images) -> None:
+    pixels = images.query_images[0]
+    assert np.array_equal(decode(png(pixels[..., 0]), GREY, LIMITS), pixels)
+
+
+def test_colour_becomes_grey_and_grey_becomes_colour() -> None:
+    red = np.zeros((32, 32, 3), np.uint8)
+    red[..., 0] = 255
+    assert np.unique(decode(png(red), (32, 32, 1), LIMITS)).tolist() == [76]  # 0.299 of 255, ITU-R 601-2
+    assert decode(png(np.full((32, 32), 9, np.uint8)), RGB, LIMITS).tolist() == np.full((32, 32, 3), 9).tolist()
+
+
+def test_the_centre_is_cut_out_and_not_squeezed() -> None:
+    wide = np.zeros((28, 84), np.uint8)
+    wide[:, 28:56] = 200  # the centred square
+    assert np.unique(decode(png(wide), GREY, LIMITS)).tolist() == [200]
+
+
+def test_transparency_lies_over_black() -> None:
+    clear = np.full((28, 28, 4), 255, np.uint8)
+    clear[..., 3] = 0
+    assert decode(png(clear), GREY, LIMITS).max() == 0
+
+
+def test_exif_orientation_is_applied() -> None:
+    upright = np.zeros((28, 28), np.uint8)
+    upright[:14] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    assert np.array_equal(decode(png(upright[::-1], exif=exif), GREY, LIMITS)[..., 0], upright)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_lossy_formats_come_close(images, kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(images.query_images[0][..., 0]).save(buffer, kind, quality=95)
+    difference = decode(buffer.getvalue(), GREY, LIMITS).astype(int) - images.query_images[0]
+    assert np.abs(difference).mean() < 5
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (b"", "not a PNG"),
+        (b"this is text called image.png", "not a PNG"),
+        (png(np.zeros((64, 64), np.uint8))[:60], "truncated"),
+        (png(np.zeros((1, 1), np.uint8)), "1x1; each side must be at least 8"),
+        (png_header(20_000, 20_000), "20000x20000; the limit"),
+        (png_header(5_000, 5_000), "5000x5000; the limit"),
+        (png(np.zeros((28, 28), np.uint16)), "more than 8 bits"),
+        (png_header(28, 28, depth=16, colour=2), "more than 8 bits"),
+    ],
+    ids=["empty", "text", "truncated", "1x1", "bomb", "large", "16-bit grey", "16-bit colour"],
+)
+def test_unusable_files_say_why(file: bytes, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        decode(file, GREY, LIMITS)
+
+
+def test_formats_outside_the_contract_are_refused() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(buffer, "BMP")
+    with pytest.raises(ImageError, match="not a PNG, JPEG or WEBP"):
+        decode(buffer.getvalue(), GREY, LIMITS)

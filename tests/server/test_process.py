@@ -1,0 +1,192 @@
+"""The process: how it starts, refuses to start, and stops."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from matvae.v1 import embedding_pb2 as pb
+from matvae.v1 import embedding_pb2_grpc as pb_grpc
+from matvae_server import bundle as bundles
+
+Status = health_pb2.HealthCheckResponse
+
+
+def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "matvae_server", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+def test_sigterm_under_load_answers_every_call_and_exits_0(start_server) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (256, 28, 28, 1), np.uint8)
+    request = pb.EmbedRequest(raw=pb.RawImages(pixels=images.tobytes(), shape=images.shape))
+    with start_server("--threads", "1") as server, grpc.insecure_channel(server.address) as channel:
+        stub = pb_grpc.EmbeddingServiceStub(channel)
+        calls = [stub.Embed.future(request, timeout=60) for _ in range(40)]
+        assert calls[0].result().codes.count == 256
+        status, errors = server.stop()
+        assert status == 0, errors
+        codes = [call.code() for call in calls]
+        assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+        assert all(call.result().codes.count == 256 for call in calls if call.code() == grpc.StatusCode.OK)
+
+
+def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(tmp_path: Path) -> None:
+    """The encoder is held until the test lets it go, so what is in flight when SIGTERM comes is known."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    script = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(gate)]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = next(line for line in process.stdout if " ready on " in line).split()[-1]
+            with grpc.insecure_channel(address) as channel:
+                stub = pb_grpc.EmbeddingServiceStub(channel)
+                request = pb.EmbedRequest(raw=pb.RawImages(pixels=bytes(784), shape=(1, 28, 28, 1)))
+                held = stub.Embed.future(request, timeout=60)
+                assert process.stdout.readline() == "at the gate\n"
+                watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+                assert next(watch).status == Status.SERVING
+                process.send_signal(signal.SIGTERM)
+                assert next(watch).status == Status.NOT_SERVING
+                with pytest.raises(grpc.RpcError) as refused:
+                    stub.Embed(request, timeout=60)
+                assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+                assert "shutting down" in refused.value.details()
+                # Longer than the server's FLUSH_SECONDS, after which it would have cut off what it does not wait for.
+                with pytest.raises(grpc.FutureTimeoutError):
+                    held.result(timeout=1.0)
+                with gate.open("w"):
+                    assert held.result().codes.count == 1
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+def test_health_says_not_serving_before_the_end(start_server) -> None:
+    with start_server() as server, grpc.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""), timeout=60)
+        assert next(watch).status == Status.SERVING
+        server.process.send_signal(signal.SIGTERM)
+        assert next(watch).status == Status.NOT_SERVING
+        assert server.process.wait(30) == 0  # a watcher does not hold the server up
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_server_stops_at_once(start_server, number: signal.Signals) -> None:
+    with start_server() as server:
+        server.process.send_signal(number)
+        assert server.process.wait(30) == 0
+
+
+def test_flags_have_environment_variables_and_win(start_server, bundle_copy: Path) -> None:
+    environment = {"MATVAE_BUNDLE": str(bundle_copy), "MATVAE_PORT": "1", "MATVAE_RUNTIME": "torch"}
+    with start_server(environment=environment) as server, grpc.insecure_channel(server.address) as channel:
+        reply = pb_grpc.EmbeddingServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=30)
+        assert reply.runtime == "torch-cpu"
+
+
+def test_a_port_in_use_is_said(server) -> None:
+    port = server.address.rpartition(":")[2]
+    done = serve("--port", port)
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}: is the port in use, or the host not of this machine?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ipv6_is_bracketed(start_server) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
+    with start_server("--host", "::1") as server:
+        assert server.address.startswith("[::1]:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--bundle", "no-such"], 1, "no bundle 'no-such'"),
+        (["--port", "65536"], 2, "port must be between 0 and 65535"),
+        (["--port", "http"], 2, "--port"),
+        (["--max-batch", "0"], 2, "max_batch must be at least 1"),
+        (["--threads", "-1"], 2, "threads must be 0 (choose) or more"),
+        (["--runtime", "jax"], 2, "--runtime"),
+        (["--bundel", "x"], 2, "--bundel"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(arguments: list[str], status: int, message: str) -> None:
+    done = serve("--port", "0", *arguments)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_spoilt_bundle_is_refused_before_serving(bundle_copy: Path) -> None:
+    with (bundle_copy / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    done = serve("--port", "0", "--bundle", str(bundle_copy))
+    assert done.returncode == 1
+    assert "model.safetensors" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ready" not in done.stdout
+
+
+def test_the_command_without_its_extra_says_which() -> None:
+    block = "import sys; sys.modules['grpc_health'] = None; import matvae_server.cli as c; sys.exit(c.main([]))"
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "pip install 'matvae[server]'" in done.stderr
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    script = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(gate)]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        address = next(line for line in process.stdout if " ready on " in line).split()[-1]
+        with grpc.insecure_channel(address) as channel:
+            request = pb.EmbedRequest(raw=pb.RawImages(pixels=bytes(784), shape=(1, 28, 28, 1)))
+            held = pb_grpc.EmbeddingServiceStub(channel).Embed.future(request, timeout=60)
+            assert process.stdout.readline() == "at the gate\n"
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+            assert next(watch).status == Status.SERVING
+            process.send_signal(signal.SIGTERM)
+            assert next(watch).status == Status.NOT_SERVING
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == -signal.SIGINT
+            assert held.exception(timeout=30) is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_a_bundle_whose_encoder_cannot_run_is_refused_at_warm_up(bundle: bundles.Bundle, tmp_path: Path) -> None:
+    """Its hashes are right, it loads, and it takes another input than images."""
+    decoder = (bundle.path / bundles.DECODER).read_bytes()
+    bundles.save(tmp_path, card=bundle.card, tensors=bundle.tensors, encoder_onnx=decoder, decoder_onnx=decoder)
+    done = serve("--port", "0", "--bundle", str(tmp_path))
+    assert done.returncode == 1
+    assert f"{tmp_path}: the encoder failed on 1 black images" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ready" not in done.stdout
+
+
+def test_an_empty_bundle_name_is_not_this_folder() -> None:
+    done = serve("--port", "0", "--bundle", "")
+    assert done.returncode == 1
+    assert "no bundle ''" in done.stderr

@@ -1,0 +1,86 @@
+"""Both runtimes compute the same codes, and a code does not depend on the batch that it rode in (contract 5)."""
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from matvae.v1 import codec
+from matvae_server import bundle as bundles
+from matvae_server import runtimes
+
+AGREEMENT = 1e-4
+ROUNDING = 1e-5
+"""What another processor's order of summation may add to the published batch invariance."""
+NAMES = ("onnxruntime", "torch")
+
+
+@pytest.fixture(scope="module")
+def encoders(bundle: bundles.Bundle) -> dict[str, runtimes.Encoder]:
+    return {name: runtimes.choose(name, bundle, threads=1) for name in NAMES}
+
+
+def test_runtimes_agree(encoders: dict[str, runtimes.Encoder], images) -> None:
+    codes = [encoder.encode(images.query_images) for encoder in encoders.values()]
+    assert codes[0].dtype == codes[1].dtype == np.float32
+    assert np.abs(codes[0] - codes[1]).max() < AGREEMENT
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [2, 3, 8, 17, 64, 256])
+def test_a_code_does_not_depend_on_its_batch(
+    encoders: dict[str, runtimes.Encoder], bundle: bundles.Bundle, images, name: str, size: int
+) -> None:
+    encode = encoders[name].encode
+    batch = images.query_images[:size]
+    alone = np.concatenate([encode(batch[i : i + 1]) for i in range(size)])
+    published = json.loads(bundle.card.provenance["batch_invariance"])[encoders[name].name]
+    assert np.abs(encode(batch) - alone).max() <= published + ROUNDING
+
+
+def test_golden_vectors(encoders: dict[str, runtimes.Encoder], bundle: bundles.Bundle, repository: Path) -> None:
+    """Contract 11: the bytes another implementation must arrive at."""
+    golden = json.loads((repository / "proto" / "golden" / "fashion-mnist.json").read_text())
+    assert golden["fingerprint"] == bundle.card.fingerprint, "write them again: python tests/server/make_golden.py"
+    shape = (-1, *bundle.card.network.image_shape)
+    pixels = np.frombuffer(base64.b64decode(golden["pixels"]), np.uint8).reshape(shape)
+    rows = {
+        precision: np.frombuffer(base64.b64decode(data), np.uint8).reshape(len(pixels), -1)
+        for precision, data in golden["codes"].items()
+    }
+    vectors = codec.unpack(rows["float32"], bundle.card.network.dimensions, "float32", None)
+    for encoder in encoders.values():
+        assert np.abs(encoder.encode(pixels) - vectors).max() < AGREEMENT
+    assert rows.keys() == codec.PRECISIONS.keys()
+    for precision, expected in rows.items():
+        assert np.array_equal(codec.pack(vectors, precision, bundle.card.quantiser), expected)
+
+
+def test_auto_prefers_onnxruntime_without_cuda(bundle: bundles.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "_cuda", lambda: False)
+    assert runtimes.choose("auto", bundle, threads=1).name == "onnxruntime"
+    monkeypatch.setattr(runtimes, "_installed", lambda name: name == "torch")
+    assert runtimes.choose("auto", bundle, threads=1).name == "torch-cpu"
+
+
+def test_a_runtime_that_is_not_installed_names_its_extra(
+    bundle: bundles.Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtimes, "_installed", lambda name: False)
+    with pytest.raises(runtimes.RuntimeUnavailableError, match=r"pip install 'matvae\[gpu\]'"):
+        runtimes.choose("torch", bundle, threads=1)
+
+
+def test_an_encoder_that_is_no_onnx_is_refused(bundle_copy: Path, bundle: bundles.Bundle) -> None:
+    onnx = {bundles.ENCODER: b"not onnx", bundles.DECODER: b"neither"}
+    bundles.save(
+        bundle_copy,
+        card=bundle.card,
+        tensors=bundle.tensors,
+        encoder_onnx=onnx[bundles.ENCODER],
+        decoder_onnx=onnx[bundles.DECODER],
+    )
+    with pytest.raises(bundles.BundleError, match=r"encoder\.onnx is not a model that onnxruntime reads"):
+        runtimes.choose("onnxruntime", bundles.load(bundle_copy), threads=1)

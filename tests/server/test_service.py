@@ -1,0 +1,80 @@
+"""The core without a transport: what the calls' tests cannot see from outside."""
+
+import asyncio
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from matvae.v1 import embedding_pb2 as pb
+from matvae_server import bundle as bundles
+from matvae_server import images as imaging
+from matvae_server import runtimes
+from matvae_server.batcher import Batcher
+from matvae_server.images import Limits
+from matvae_server.service import EmbeddingCore, Model
+
+
+class Recording:
+    """A runtime that notes the thread it runs on, and makes one value of a marked image infinite."""
+
+    name = "recording"
+    compute_precision = pb.COMPUTE_PRECISION_FP32
+
+    def __init__(self, inner: runtimes.Encoder) -> None:
+        self.inner, self.threads = inner, set[str]()
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        self.threads.add(threading.current_thread().name)
+        codes = self.inner.encode(images).copy()
+        codes[(images == 255).all(axis=(1, 2, 3)), 5] = np.inf
+        return codes
+
+
+def embed(bundle: bundles.Bundle, encoder: Recording, request: pb.EmbedRequest) -> pb.EmbedResponse:
+    async def run() -> pb.EmbedResponse:
+        with ThreadPoolExecutor(2, thread_name_prefix="decode") as decoders:
+            batcher = Batcher(encoder.encode, max_batch=64)
+            model = Model.of(bundle, encoder, batcher, Limits())
+            reply = await EmbeddingCore([model], limits=Limits(), decoders=decoders).embed(request)
+            await batcher.close()
+            return reply
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def encoder(bundle: bundles.Bundle) -> Recording:
+    return Recording(runtimes.choose("onnxruntime", bundle, threads=1))
+
+
+def test_decoding_and_encoding_leave_the_event_loop_free(
+    bundle: bundles.Bundle, encoder: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contract 7: decoding in its pool, encoding on the encoder's thread, neither on the loop's."""
+    decoding, decode = set[str](), imaging.decode
+
+    def recorded(*arguments: object) -> np.ndarray:
+        decoding.add(threading.current_thread().name)
+        return decode(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(imaging, "decode", recorded)
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(buffer, "PNG")
+    embed(bundle, encoder, pb.EmbedRequest(encoded=pb.EncodedImages(files=[buffer.getvalue()] * 3)))
+    assert decoding
+    assert all(name.startswith("decode") for name in decoding)
+    assert encoder.threads == {"encoder"}
+
+
+def test_a_code_that_is_not_finite_is_left_out_and_named(bundle: bundles.Bundle, encoder: Recording, images) -> None:
+    pixels = images.query_images[:4].copy()
+    pixels[2] = 255
+    reply = embed(bundle, encoder, pb.EmbedRequest(raw=pb.RawImages(pixels=pixels.tobytes(), shape=pixels.shape)))
+    assert reply.codes.count == 3
+    assert [(error.index, "not finite" in error.message) for error in reply.errors] == [(2, True)]
+    good = np.frombuffer(reply.codes.data, "<f4").reshape(3, -1)
+    assert np.allclose(good, encoder.inner.encode(pixels[[0, 1, 3]]), atol=1e-4)
