@@ -1,0 +1,32 @@
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def write_idx(path: Path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """A Fashion-MNIST of 600 and 90 images in torchvision's layout: noise, and per class a bright bar of its own."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 600), ("t10k", 90)):
+        labels = np.arange(count) % 10
+        images = rng.integers(0, 60, (count, 28, 28))
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label + 2 : 2 * label + 8, 4:24] += rng.integers(120, 190)
+        write_idx(root / f"FashionMNIST/raw/{prefix}-images-idx3-ubyte", images)
+        write_idx(root / f"FashionMNIST/raw/{prefix}-labels-idx1-ubyte", labels)
+    return root

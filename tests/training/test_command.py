@@ -1,0 +1,236 @@
+"""`matvae-train fit`, from a data root to a bundle that loads, and what it says to input that cannot be used."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+
+from matvae_server import bundle, card
+from matvae_server.network import MatVae
+from matvae_training import cli, data, provenance
+from matvae_training.config import DataError
+from matvae_training.export import TOLERANCE, session
+
+
+@pytest.fixture(scope="session")
+def fitted(data_root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fit")
+    arguments = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), f"--out={out / 'bundle'}"]
+    arguments += ["--epochs", "1", "--batch-size", "64", "--threads", "1", "--log", str(out / "log.jsonl")]
+    run = subprocess.run(
+        [sys.executable, "-m", "matvae_training.cli", *arguments], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return out, run
+
+
+def test_the_bundle_loads_and_its_fingerprint_is_that_of_its_encoder(fitted):
+    loaded = bundle.load(fitted[0] / "bundle")
+    assert loaded.card.fingerprint == card.fingerprint(
+        loaded.part("encoder"), loaded.card.network, loaded.card.quantiser
+    )
+    assert len(loaded.card.metrics) == 4 * 4 * 7
+    assert len(loaded.card.heads) == 2 * 7
+    assert {metric.split for metric in loaded.card.metrics} == {"test"}
+
+
+def test_onnx_equals_torch_at_any_batch_size(fitted, data_root):
+    loaded = bundle.load(fitted[0] / "bundle")
+    model = MatVae(loaded.card.network)
+    for name in ("encoder", "decoder"):
+        tensors = {key: torch.from_numpy(value.copy()) for key, value in loaded.part(name).items()}
+        getattr(model, name).load_state_dict(tensors)
+    model.eval()
+    encoder, decoder = (session((loaded.path / name).read_bytes()) for name in (bundle.ENCODER, bundle.DECODER))
+    images = data.load("fashion-mnist", data_root).test.images
+    for size in (1, 5, 90):
+        with torch.inference_mode():
+            codes = model.encoder(images[:size])
+            expected = model.decoder(codes).numpy()
+        (actual,) = encoder.run(None, {"images": images[:size].numpy()})
+        assert actual.dtype == np.float32
+        assert np.abs(actual - codes.numpy()).max() <= TOLERANCE
+        for index in range(len(expected)):
+            (decoded,) = decoder.run(None, {"codes": codes.numpy(), "prefix_index": np.array(index)})
+            assert np.abs(decoded - expected[index]).max() <= TOLERANCE
+
+
+def test_the_card_says_how_to_make_it_again_and_names_no_path(fitted, data_root):
+    path = fitted[0] / "bundle"
+    known = bundle.load(path).card.provenance
+    expected = {
+        "dataset",
+        "data_sha256",
+        "split",
+        "n_train",
+        "seed",
+        "epochs",
+        "config",
+        "hardware",
+        "versions",
+        "commit",
+    }
+    assert expected | {"command", "date", "batch_invariance"} <= known.keys()
+    assert known["command"] == (
+        "matvae-train fit --dataset fashion-mnist --data-root DATA_ROOT --out=OUT"
+        " --epochs 1 --batch-size 64 --threads 1 --log LOG"
+    )
+    assert known["n_train"] == "600"
+    digest = hashlib.sha256()
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        raw = (data_root / f"FashionMNIST/raw/{part}-ubyte").read_bytes()
+        digest.update(raw[16:] if "images" in part else np.frombuffer(raw[8:], np.uint8).astype("<i8").tobytes())
+    assert known["data_sha256"] == digest.hexdigest()
+    assert json.loads(known["batch_invariance"]).keys() == {"onnxruntime", "torch-cpu"}
+    roots = [str(fitted[0]), str(data_root), str(cli.Path(cli.__file__).parent), sys.prefix]
+    for file in path.iterdir():
+        assert not any(root.encode() in file.read_bytes() for root in roots), file
+
+
+def test_progress_and_log(fitted):
+    out, run = fitted
+    assert "epoch 1, step 9/9" in run.stderr
+    assert "s left" in run.stderr
+    (line,) = (out / "log.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["step"] == 9
+    assert len(record["reconstruction"]) == len(record["divergence"]) == 7
+
+
+def test_held_out_images_do_not_train(data_root):
+    train = data.load("fashion-mnist", data_root).train
+    rest, held = data.hold_out(train, 100, seed=0)
+    assert (len(rest), len(held)) == (500, 100)
+    rows = {image.numpy().tobytes() for image in train.images}
+    kept, cut = ({image.numpy().tobytes() for image in split.images} for split in (rest, held))
+    assert kept | cut == rows
+    assert not kept & cut
+    with pytest.raises(DataError, match="cannot hold out 600 of 600"):
+        data.hold_out(train, 600, seed=0)
+
+
+def fit(data_root, out, *more, dataset="fashion-mnist"):
+    return cli.main(["fit", "--dataset", dataset, "--data-root", str(data_root), "--out", str(out), *more])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--epochs", "0"), "--epochs: must be a whole number of at least 1, not '0'"),
+        (("--batch-size", "1"), "--batch-size: must be a whole number of at least 2, not '1'"),
+        (("--epochs", "many"), "--epochs: must be a whole number of at least 1, not 'many'"),
+        (("--validation=-1",), "--validation: must be a whole number of at least 0, not '-1'"),
+        (("--prefix-weights", "1,x"), "--prefix-weights: must be numbers separated by commas, not '1,x'"),
+        (("--conv-channels", "32,x"), "--conv-channels: must be whole numbers separated by commas, not '32,x'"),
+        (("--dataset", "cifar"), "cifar"),
+    ],
+)
+def test_arguments_that_are_no_numbers_are_refused_by_name(data_root, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        fit(data_root, tmp_path / "out", *arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--lr", "nan"), "learning_rate"),
+        (("--batch-size", "601"), "600 training images do not fill one batch of 601"),
+        (("--prefix-weights", "1,2"), "needs 7 numbers"),
+        (("--validation", "600"), "cannot hold out 600 of 600"),
+        (("--conv-channels", "0"), "at least 1"),
+        (("--lr", "1e30", "--batch-size", "64"), "step 2: the reconstruction of prefix"),
+    ],
+)
+def test_what_cannot_be_trained_ends_with_one_line(data_root, tmp_path, capsys, arguments, message):
+    assert fit(data_root, tmp_path / "out", *arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("matvae-train: error: ")
+    assert message in last
+    assert not (tmp_path / "out" / bundle.CARD).exists()
+
+
+def test_an_output_that_is_a_file_is_refused_before_training(data_root, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert fit(data_root, tmp_path / "out") == 2
+    assert "out: File exists" in capsys.readouterr().err
+
+
+def test_no_data_and_no_network(tmp_path, capsys, monkeypatch):
+    def fail(*_args, **_keywords):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fail)
+    assert fit(tmp_path / "nothing", tmp_path / "out") == 2
+    assert "no FashionMNIST train set in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("train-images-idx3-ubyte", b""),
+        ("train-images-idx3-ubyte", b"\x00\x00\x08\x03\x00\x00"),
+        ("t10k-labels-idx1-ubyte", b"not an idx file at all"),
+        ("t10k-labels-idx1-ubyte", b"\x00\x00\x08\x01\x00\x00\x00\x02\x00\x01"),  # two labels for 90 images
+        ("t10k-labels-idx1-ubyte", b"\x00\x00\x08\x01\x00\x00\x00\x5a" + b"\x0b" * 90),  # a label 11
+    ],
+)
+def test_corrupt_data_are_named(data_root, tmp_path, capsys, file, content):
+    raw = tmp_path / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for source in (data_root / "FashionMNIST/raw").iterdir():
+        (raw / source.name).write_bytes(content if source.name == file else source.read_bytes())
+    assert fit(tmp_path, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"FashionMNIST {'train' if 'train' in file else 'test'} set in {tmp_path} is corrupt" in error
+    assert "Traceback" not in error
+
+
+def test_without_torch_help_works_and_training_names_the_extra():
+    script = (
+        "import sys; sys.modules['torch'] = None; from matvae_training.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+
+    assert run("fit", "--help").returncode == 0
+    refused = run("fit", "--dataset", "mnist", "--data-root", "d", "--out", "o")
+    assert refused.returncode == 2
+    assert "pip install 'matvae[training]'" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_commands_are_quoted_and_carry_placeholders():
+    words = ["fit", "--data-root", "/a/b", "--out=/c", "--prefix-weights", "1, 2"]
+    line = provenance.command("matvae-train", words, {"/a/b": "DATA_ROOT", "/c": "OUT"})
+    assert line == "matvae-train fit --data-root DATA_ROOT --out=OUT --prefix-weights '1, 2'"
+
+
+def test_excluded_classes_are_in_nothing(data_root, tmp_path):
+    arguments = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
+    arguments += ["--epochs", "1", "--batch-size", "64", "--exclude-classes", "Dress,Sneaker"]
+    assert cli.main(arguments) == 0
+    known = bundle.load(tmp_path / "bundle").card
+    assert len(known.classes) == 8
+    assert not {"Dress", "Sneaker"} & set(known.classes)
+    assert json.loads(known.provenance["excluded_classes"]) == {"3": "Dress", "7": "Sneaker"}
+    assert known.provenance["n_train"] == "480"
+    assert {metric.n for metric in known.metrics} == {72}
+    rest = data.without(data.load("fashion-mnist", data_root), ["Dress", "Sneaker"])
+    whole = data.load("fashion-mnist", data_root)
+    for old, new in ((4, 3), (9, 7)):
+        assert torch.equal(rest.train.images[rest.train.labels == new], whole.train.images[whole.train.labels == old])
+
+
+@pytest.mark.parametrize(("names", "says"), [("Dress,Hat", "no 'Hat'"), (",".join(data.CLASSES["mnist"]), "no '0'")])
+def test_classes_that_cannot_be_excluded_are_named(data_root, tmp_path, capsys, names, says):
+    arguments = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--exclude-classes", names]) == 2
+    assert says in capsys.readouterr().err

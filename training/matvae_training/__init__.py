@@ -1,0 +1,1 @@
+"""Training: from a data root to a bundle that the server loads (`matvae-train`). Read `pipeline` first."""

@@ -1,0 +1,108 @@
+"""Data sets as tensors: every image in one uint8 tensor (n, height, width, channels), so a batch is an index.
+
+Reads the layout that torchvision writes, and lets torchvision download what is missing. Nothing is scaled here: the
+network's first step does that, in training as in serving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from matvae_training.config import CLASSES, DataError
+
+READERS = {"fashion-mnist": datasets.FashionMNIST, "mnist": datasets.MNIST}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """Images uint8 (n, height, width, channels) and their labels int64 (n,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A data set with its standard split. `digest` is the SHA-256 of its images and labels, train before test."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    digest: str
+
+
+def load(name: str, root: Path) -> Dataset:
+    """Read the data set `name` (a key of CLASSES) below `root`, downloading it if it is not there. Raises DataError."""
+    classes = CLASSES[name]
+    train, test = (_read(READERS[name], root, len(classes), train=train) for train in (True, False))
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise DataError(f"{name} in {root}: train and test images differ in shape")
+    digest = hashlib.sha256()
+    for tensor in (train.images, train.labels, test.images, test.labels):
+        digest.update(tensor.numpy().tobytes())
+    return Dataset(name=name, classes=classes, train=train, test=test, digest=digest.hexdigest())
+
+
+def without(data: Dataset, names: Sequence[str]) -> Dataset:
+    """The data set without the classes of those names, the others numbered anew. Raises DataError.
+
+    For an encoder that never saw them, which is what few-shot classification is measured on.
+    """
+    unknown = [name for name in names if name not in data.classes]
+    kept = [label for label, name in enumerate(data.classes) if name not in names]
+    if unknown or len(kept) < 2:
+        why = f"it has no {unknown[0]!r}" if unknown else f"{len(kept)} would be left"
+        raise DataError(f"cannot leave out classes of {data.name}: {why}; its classes are {', '.join(data.classes)}")
+    numbers = torch.full((len(data.classes),), -1)
+    numbers[kept] = torch.arange(len(kept))
+
+    def cut(split: Split) -> Split:
+        stays = numbers[split.labels] >= 0
+        return Split(images=split.images[stays], labels=numbers[split.labels[stays]])
+
+    return dataclasses.replace(
+        data, classes=tuple(data.classes[label] for label in kept), train=cut(data.train), test=cut(data.test)
+    )
+
+
+def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
+    """Cut `count` random images off a split: (the rest, the held-out). Raises DataError if nothing would be left."""
+    if not 0 < count < len(split):
+        raise DataError(f"cannot hold out {count} of {len(split)} images")
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    held, rest = order[:count], order[count:]
+    return (
+        Split(images=split.images[rest], labels=split.labels[rest]),
+        Split(images=split.images[held], labels=split.labels[held]),
+    )
+
+
+def _read(source: type[datasets.MNIST], root: Path, classes: int, *, train: bool) -> Split:
+    part = f"{source.__name__} {'train' if train else 'test'} set in {root}"
+    try:
+        try:
+            data = source(str(root), train=train, download=False)
+        except RuntimeError:  # torchvision's word for files that are not there
+            data = source(str(root), train=train, download=True)
+    # torchvision reports a broken file as whatever its parsing trips over, and a failed download as RuntimeError.
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"no {part}, and it cannot be downloaded: {' '.join(str(error).split())}") from None
+    except (ValueError, AssertionError, EOFError, KeyError, IndexError, TypeError) as error:
+        raise DataError(f"the {part} is corrupt ({error}): delete its files and fetch them again") from None
+    images, labels = data.data.unsqueeze(-1), data.targets
+    if images.ndim != 4 or not len(images) or len(images) != len(labels):
+        raise DataError(f"the {part} is corrupt: {len(images)} images, {len(labels)} labels")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise DataError(f"the {part} is corrupt: labels outside 0..{classes - 1}")
+    return Split(images=images, labels=labels)

@@ -1,0 +1,108 @@
+"""Heads: small classifiers of every prefix, trained together on codes that stand still.
+
+All prefixes are one stacked network: the first layer of each sees the whole code through a mask that leaves it its
+prefix, so a batch is read once and multiplied once. Inputs are standardised, because a code's raw scale differs from
+dimension to dimension and a head is trained with one learning rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from matvae_server.bundle import Head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """How to train one kind of head; `hidden` is empty for logistic regression."""
+
+    kind: str
+    hidden: tuple[int, ...] = ()
+    epochs: int = 30
+    batch_size: int = 512
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    dropout: float = 0.0
+    seed: int = 0
+
+
+LOGISTIC = ProbeConfig(kind="logistic", epochs=15, learning_rate=1e-2, weight_decay=0.0)
+MLP = ProbeConfig(kind="mlp", hidden=(256,), epochs=40, learning_rate=5e-3, dropout=0.2)
+
+
+class StackedProbe(nn.Module):
+    """One classifier per prefix, as stacked weights (prefixes, inputs, outputs)."""
+
+    mask: Tensor
+
+    def __init__(self, prefixes: Sequence[int], classes: int, config: ProbeConfig) -> None:
+        super().__init__()
+        sizes = (prefixes[-1], *config.hidden, classes)
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+            fan_in = torch.tensor(prefixes if index == 0 else [inputs] * len(prefixes))
+            bound = fan_in.rsqrt()[:, None, None]
+            self.weights.append((torch.rand(len(prefixes), inputs, outputs) * 2 - 1) * bound)
+            self.biases.append((torch.rand(len(prefixes), 1, outputs) * 2 - 1) * bound)
+        self.register_buffer("mask", torch.arange(prefixes[-1]) < torch.tensor(prefixes)[:, None])
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Standardised codes (n, dimensions) -> logits (prefixes, n, classes)."""
+        outputs = codes.expand(len(self.mask), -1, -1)
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            masked = weight * self.mask[:, :, None] if index == 0 else weight
+            outputs = torch.baddbmm(bias, outputs if index == 0 else self.dropout(outputs.relu()), masked)
+        return outputs
+
+
+def train_heads(
+    codes: Tensor, labels: Tensor, prefixes: Sequence[int], classes: int, config: ProbeConfig
+) -> dict[int, Head]:
+    """Train one head per prefix on float32 codes (n, dimensions) and labels int64 (n,). Returns them by prefix."""
+    torch.manual_seed(config.seed)
+    mean = codes.mean(0)
+    # A dimension that never moves carries nothing: any positive scale does.
+    scale = codes.std(0, correction=0)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    inputs = (codes - mean) / scale
+    probe = StackedProbe(prefixes, classes, config).train()
+    optimiser = torch.optim.AdamW(probe.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    steps = config.epochs * math.ceil(len(codes) / config.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(config.epochs):
+        for batch in torch.split(torch.randperm(len(codes)), config.batch_size):
+            logits = probe(inputs[batch])
+            targets = labels[batch].repeat(len(prefixes))
+            # The prefixes share no weight, so the sum trains each as if it were alone.
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets) * len(prefixes)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+    heads = {}
+    for index, m in enumerate(prefixes):
+        layers = []
+        for layer, (weight, bias) in enumerate(zip(probe.weights, probe.biases, strict=True)):
+            rows = weight[index, :m] if layer == 0 else weight[index]
+            layers.append((rows.detach().T.contiguous().numpy(), bias[index, 0].detach().clone().numpy()))
+        standard = (mean[:m].clone().numpy(), scale[:m].clone().numpy())
+        heads[m] = Head(kind=config.kind, dimensions=m, mean=standard[0], scale=standard[1], layers=tuple(layers))
+    return heads
+
+
+@torch.inference_mode()
+def classify(head: Head, codes: Tensor) -> Tensor:
+    """Codes (n, at least head.dimensions) -> the label of each, int64 (n,)."""
+    outputs = (codes[:, : head.dimensions] - torch.from_numpy(head.mean)) / torch.from_numpy(head.scale)
+    for index, (weight, bias) in enumerate(head.layers):
+        inputs = outputs if index == 0 else outputs.relu()
+        outputs = nn.functional.linear(inputs, torch.from_numpy(weight), torch.from_numpy(bias))
+    return outputs.argmax(1)
