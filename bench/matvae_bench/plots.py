@@ -1,0 +1,101 @@
+"""The pictures: accuracy against what a vector costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matvae_bench.accuracy import Score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = {"float32": "#1b4965", "float16": "#5fa8d3", "int8": "#d1495b", "binary": "#edae49"}
+_FEWEST_MISSES = 1e-4  # where an exact search stands on an axis of misses
+
+
+def accuracy_against_bytes(scores: Sequence[Score], path: Path, *, title: str) -> None:
+    """kNN accuracy against bytes per vector: a line per precision, a dashed one per baseline. PNG or SVG by suffix."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter
+
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    knn = [score for score in scores if score.metric == "knn"]
+    for precision, colour in _COLOURS.items():
+        line = [score for score in knn if score.method == "prefix" and score.precision == precision]
+        if line:
+            _draw(axes, line, label=f"prefix, {precision}", color=colour, marker="o")
+            if precision in ("float32", "binary"):
+                for score in line:
+                    axes.annotate(
+                        f"{score.dimensions}-d",
+                        (score.bytes_per_vector, score.value),
+                        textcoords="offset points",
+                        xytext=(5, -9),
+                        fontsize=7,
+                        color=colour,
+                    )
+    for method, precision, label, marker in (
+        ("pixel-pca", "float32", "PCA of the pixels, float32", "^"),
+        ("pixel-pca", "int8", "PCA of the pixels, int8", "v"),
+        ("product-quantisation", "pq", "product quantisation of the full code", "s"),
+    ):
+        line = [score for score in knn if (score.method, score.precision) == (method, precision)]
+        if line:
+            _draw(axes, line, label=label, color="#777777", marker=marker, linestyle="--")
+    axes.margins(x=0.08)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set(xlabel="bytes per vector", ylabel="kNN accuracy (k = 10)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def recall_against_speed(points: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Queries per second, one at a time, against recall@10: a line per method, the area of a marker its memory."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for number, name in enumerate(dict.fromkeys(point["name"] for point in points)):
+        line = [point for point in points if point["name"] == name]
+        misses = [max(1 - point["recall_at_10"], _FEWEST_MISSES) for point in line]
+        speeds = [point["queries_per_second"] for point in line]
+        sizes = [6 * point["bytes_per_vector"] ** 0.6 for point in line]
+        colour = colours[number % len(colours)]
+        label = f"{name}: {line[0]['bytes_per_vector']:.0f}"
+        axes.plot(misses, speeds, color=colour, linewidth=1)
+        axes.scatter(misses, speeds, s=sizes, color=colour, label=label, alpha=0.85, edgecolors="white", linewidths=0.5)
+    axes.axvline(0.01, color="#999999", linestyle=":", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.invert_xaxis()
+    axes.set_xticks([0.5, 0.1, 0.01, 0.001, _FEWEST_MISSES], ["0.5", "0.9", "0.99", "0.999", "all"])
+    axes.minorticks_off()
+    axes.set(xlabel="recall@10 against all 128 dimensions", ylabel="queries/s, one at a time", title=title)
+    axes.grid(alpha=0.3)
+    about = "bytes per vector in memory"
+    figure.legend(fontsize=7, title=about, title_fontsize=7, loc="outside right upper", markerscale=0.6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw(axes: Axes, line: Sequence[Score], *, marker: str, **style: Any) -> None:
+    sizes = [score.bytes_per_vector for score in line]
+    low = [score.value - score.interval[0] for score in line]
+    high = [score.interval[1] - score.value for score in line]
+    axes.errorbar(
+        sizes, [score.value for score in line], yerr=(low, high), marker=marker, markersize=4, capsize=2, **style
+    )
