@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -21,18 +22,30 @@ Codes: TypeAlias = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Encoded:
+    """The codes of one request's images; how long they waited for their batch, and how long that took, in seconds."""
+
+    codes: Codes
+    queue_seconds: float
+    encode_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Work:
     images: Pixels
-    result: asyncio.Future[Codes]
+    result: asyncio.Future[Encoded]
+    queued: float
 
 
 class Batcher:
     """Coalesces concurrent requests into batches for `encode`, uint8 (n, ...) -> float32 (n, dimensions).
 
-    Made on the event loop that awaits it. `encode` runs on one thread, so it need not be thread-safe.
+    Made on the event loop that awaits it. `encode` runs on one thread, so it need not be thread-safe. `on_batch`, which
+    may be replaced, is told on the loop of every batch that was encoded: images, seconds.
     """
 
     def __init__(self, encode: Callable[[Pixels], Codes], *, max_batch: int) -> None:
+        self.on_batch: Callable[[int, float], None] = lambda *_: None
         self._encode = encode
         self._max_batch = max_batch
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
@@ -41,10 +54,10 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
         self._thread.start()
 
-    async def encode(self, images: Pixels) -> Codes:
-        """The codes of images, any number of them. Raises what the encoder raises; the next batch is not affected."""
-        result: asyncio.Future[Codes] = self._loop.create_future()
-        self._queue.put(_Work(images, result))
+    async def encode(self, images: Pixels) -> Encoded:
+        """Encode images, any number of them. Raises what the encoder raises; the next batch is not affected."""
+        result: asyncio.Future[Encoded] = self._loop.create_future()
+        self._queue.put(_Work(images, result, time.perf_counter()))
         return await result
 
     async def close(self) -> None:
@@ -56,8 +69,10 @@ class Batcher:
         while batch := self._gather():
             batch = [item for item in batch if not item.result.cancelled()]  # whose caller has gone is not encoded
             if batch:
+                started = time.perf_counter()
                 outcome = self._encode_batch([item.images for item in batch])
-                self._loop.call_soon_threadsafe(_resolve, batch, outcome)
+                seconds = time.perf_counter() - started
+                self._loop.call_soon_threadsafe(self._resolve, batch, outcome, started, seconds)
 
     def _gather(self) -> list[_Work]:
         """Work of at most `max_batch` images together, or one larger item; nothing once the queue is closed."""
@@ -91,12 +106,13 @@ class Batcher:
         except Exception as error:
             return error
 
-
-def _resolve(batch: list[_Work], outcome: list[Codes] | Exception) -> None:
-    for index, work in enumerate(batch):
-        if work.result.done():
-            continue
-        if isinstance(outcome, Exception):
-            work.result.set_exception(outcome)
-        else:
-            work.result.set_result(outcome[index])
+    def _resolve(self, batch: list[_Work], outcome: list[Codes] | Exception, started: float, seconds: float) -> None:
+        for index, work in enumerate(batch):
+            if work.result.done():
+                continue
+            if isinstance(outcome, Exception):
+                work.result.set_exception(outcome)
+            else:
+                work.result.set_result(Encoded(outcome[index], started - work.queued, seconds))
+        if not isinstance(outcome, Exception):
+            self.on_batch(sum(len(work.images) for work in batch), seconds)

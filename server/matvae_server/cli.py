@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matvae_server.service import Model
+    from matvae_server.models import Model
 
 _EXAMPLES = """\
 examples:
@@ -32,14 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     import logging
 
-    from matvae_server.server import ServerConfig, StartupError, serve
+    from matvae_server.config import Security, ServerConfig
+    from matvae_server.server import StartupError, serve
 
     parser = _parser()
     options = vars(parser.parse_args(arguments))
-    options["galleries"] = tuple(options.pop("gallery") or _listed("MATVAE_GALLERY"))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
-        config = ServerConfig(**options)
+        security = Security(**{field.name: options.pop(field.name) for field in dataclasses.fields(Security)})
+        config = ServerConfig(security=security, **options)
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -50,16 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _say_ready(address: str, model: Model) -> None:
-    card = model.bundle.card
-    dimensions = f"{card.network.dimensions} dimensions"
-    print(f"model {card.name}, {dimensions}, fingerprint {card.fingerprint[:12]}, on {model.encoder.name}")
+def _say_ready(address: str, models: Sequence[Model]) -> None:
+    for model in models:
+        card = model.bundle.card
+        dimensions = f"{card.network.dimensions} dimensions"
+        print(f"model {card.name}, {dimensions}, fingerprint {card.fingerprint[:12]}, on {model.encoder.name}")
     print(f"matvae-serve ready on {address}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Every flag sets the field of its name in ServerConfig or Security, and has an environment variable."""
     from matvae_server import bundle, runtimes
-    from matvae_server.server import ServerConfig
+    from matvae_server.config import Security, ServerConfig
 
     parser = argparse.ArgumentParser(
         prog="matvae-serve",
@@ -67,37 +72,116 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    defaults = ServerConfig()
+    defaults = vars(ServerConfig()) | vars(Security())
 
-    def add(flag: str, help_text: str, **kwargs: object) -> None:
+    def add(group: Any, flag: str, help_text: str, **kwargs: Any) -> None:
         name = flag.removeprefix("--").replace("-", "_")
-        variable = f"MATVAE_{name.upper()}"
-        default = os.environ.get(variable, getattr(defaults, name))
-        parser.add_argument(
+        variable, default = f"MATVAE_{name.upper()}", defaults[name]
+        said = "none" if default in (None, "") else default
+        group.add_argument(
             flag,
-            default=default,
-            help=f"{help_text} ({variable}; default {getattr(defaults, name)})",
-            **kwargs,  # type: ignore[arg-type]
+            default=os.environ.get(variable, default),
+            help=f"{help_text} ({variable}; default {said})",
+            **kwargs,
         )
 
-    add("--host", "address to listen on", metavar="HOST")
-    add("--port", "port to listen on; 0 takes a free one and prints it", type=int, metavar="PORT")
-    add("--bundle", f"directory, or a packaged name: {', '.join(bundle.packaged())}", metavar="DIR-or-name")
+    def add_several(group: Any, flag: str, field: str, help_text: str, **kwargs: Any) -> None:
+        variable = f"MATVAE_{flag.removeprefix('--').upper()}"
+        group.add_argument(
+            flag,
+            dest=field,
+            action=_Several,
+            default=_listed(variable) or defaults[field],
+            help=f"{help_text}; may be given again ({variable}, comma-separated)",
+            **kwargs,
+        )
+
+    def add_switch(group: Any, flag: str, help_text: str) -> None:
+        variable = f"MATVAE_{flag.removeprefix('--').replace('-', '_').upper()}"
+        group.add_argument(
+            flag, action="store_true", default=_truth(variable, parser), help=f"{help_text} ({variable}=1)"
+        )
+
+    add(parser, "--host", "address to listen on", metavar="HOST")
+    add(parser, "--port", "port to listen on; 0 takes a free one and prints it", type=int, metavar="PORT")
+
+    models = parser.add_argument_group("models")
+    packaged = ", ".join(bundle.packaged())
+    add_several(
+        models,
+        "--bundle",
+        "bundles",
+        f"directory, or a packaged name ({packaged}; the default); the first is the default model",
+        metavar="DIR-or-name",
+    )
+    add_several(models, "--gallery", "galleries", "a codes directory that clients may pull", metavar="NAME=DIR")
+
+    encoder = parser.add_argument_group("encoder")
     add(
+        encoder,
         "--runtime",
         "what computes the codes; auto: torch on CUDA, else onnxruntime, else torch",
         choices=runtimes.NAMES,
     )
-    add("--max-batch", "images that the encoder takes at a time", type=int, metavar="IMAGES")
-    add("--threads", "how wide the encoder runs; 0: one less than the cores", type=int, metavar="N")
-    parser.add_argument(
-        "--gallery",
-        action="append",
-        metavar="NAME=DIR",
-        help="a codes directory that clients may pull; may be given again (MATVAE_GALLERY, comma-separated)",
+    add(
+        encoder,
+        "--compute-precision",
+        "the arithmetic of the encoder; bf16 is torch's alone",
+        choices=tuple(runtimes.COMPUTE_PRECISIONS),
     )
+    add(encoder, "--max-batch", "images that the encoder takes at a time", type=int, metavar="IMAGES")
+    add(
+        encoder,
+        "--threads",
+        "how wide each encoder runs; 0: one core less than there are, shared by the workers",
+        type=int,
+        metavar="N",
+    )
+
+    load = parser.add_argument_group("load")
+    add(load, "--workers", "processes that share the port", type=int, metavar="N")
+    add(
+        load,
+        "--max-queue",
+        "images that may wait for an encoder, beyond which calls are RESOURCE_EXHAUSTED; 0: a twentieth of a second of "
+        "its work, and two full requests at least",
+        type=int,
+        metavar="IMAGES",
+    )
+    add(load, "--drain-seconds", "how long calls may go on after SIGTERM, and a replaced model", type=float)
+    add(load, "--max-connection-age", "seconds after which clients connect anew; 0: never", type=float)
+
+    security = parser.add_argument_group("security")
+    add(security, "--tls-cert", "certificate chain, PEM", type=Path, metavar="FILE")
+    add(security, "--tls-key", "its private key, PEM", type=Path, metavar="FILE")
+    add(security, "--tls-client-ca", "ask clients for a certificate of this authority, PEM", type=Path, metavar="FILE")
+    add(security, "--token-file", "bearer tokens, one a line; read again when it changes", type=Path, metavar="FILE")
+    add_switch(security, "--insecure", "listen beyond loopback without TLS and tokens")
+
+    operations = parser.add_argument_group("operations")
+    add(operations, "--health-port", "plaintext port for health probes alone", type=int, metavar="PORT")
+    add(operations, "--metrics-port", "HTTP port for Prometheus", type=int, metavar="PORT")
+    add(operations, "--log-format", "how the log is written, on stderr", choices=("text", "json"))
+    add_switch(operations, "--access-log", "a line for every call, not only for those that fail")
     return parser
 
 
-def _listed(variable: str) -> list[str]:
-    return [entry for entry in os.environ.get(variable, "").split(",") if entry]
+class _Several(argparse.Action):
+    """Collects a flag's values into a tuple that takes the place of its default."""
+
+    def __call__(
+        self, _parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, _option: str | None = None
+    ) -> None:
+        held = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (value,) if held is self.default else (*held, value))
+
+
+def _listed(variable: str) -> tuple[str, ...]:
+    return tuple(entry for entry in os.environ.get(variable, "").split(",") if entry)
+
+
+def _truth(variable: str, parser: argparse.ArgumentParser) -> bool:
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        parser.error(f"{variable} must be 0 or 1, not {value!r}")
+    return value == "1"

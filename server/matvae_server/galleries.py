@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matvae import store
@@ -40,10 +40,12 @@ class Gallery:
     """Count and SHA-256 of what was pulled before, so that who asks whether anything changed costs next to nothing."""
 
     @classmethod
-    def open(cls, name: str, folder: Path, card: Card) -> Gallery:
-        """Check every byte of it. Raises GalleryError."""
-        gallery = cls(name=name, folder=folder, card=card)
+    def open(cls, name: str, folder: Path, cards: Sequence[Card]) -> Gallery:
+        """The gallery, of whichever of `cards` its codes are of; every byte is checked. Raises GalleryError."""
         try:
+            fingerprint = store.Manifest.read(folder).fingerprint
+            card = next((card for card in cards if card.fingerprint == fingerprint), cards[0])
+            gallery = cls(name=name, folder=folder, card=card)
             manifest = gallery._manifest()
             store.verify(folder, manifest)
             for _, part in store.parts(folder, manifest):  # each shard is what the manifest says

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import threading
 from typing import TypeAlias
 
 import numpy as np
@@ -43,10 +44,29 @@ class Limits:
     max_message_bytes: int = 16 * 2**20
     max_image_pixels: int = 2**24
     min_image_side: int = 8
+    max_request_pixels: int = 2**28
 
     def to_proto(self) -> pb.Limits:
         """The message of the same fields."""
         return pb.Limits(**dataclasses.asdict(self))
+
+
+class PixelBudget:
+    """What the images of one request may have together; shared by the threads that decode them."""
+
+    def __init__(self, pixels: int) -> None:
+        self._pixels = pixels
+        self._left = pixels
+        self._lock = threading.Lock()
+
+    def take(self, pixels: int) -> None:
+        """Raise ImageError where so many are not left."""
+        with self._lock:
+            if pixels > self._left:
+                raise ImageError(
+                    f"the images of this request have more than {self._pixels} pixels together: send fewer at a time"
+                )
+            self._left -= pixels
 
 
 def check_count(count: int, limits: Limits, field: str) -> None:
@@ -76,15 +96,17 @@ def from_raw(raw: pb.RawImages, image_shape: tuple[int, int, int], limits: Limit
     return np.frombuffer(raw.pixels, np.uint8).reshape(shape)
 
 
-def decode(file: bytes, image_shape: tuple[int, int, int], limits: Limits) -> Pixels:
+def decode(file: bytes, image_shape: tuple[int, int, int], limits: Limits, budget: PixelBudget) -> Pixels:
     """A PNG, JPEG or WebP file as uint8 (height, width, channels), by the resize rule.
 
-    The size is judged from the header, before any pixel is decoded. Raises ImageError.
+    The size is judged from the header, before any pixel is decoded, and taken from the request's `budget`. Raises
+    ImageError.
     """
     height, width, channels = image_shape
     try:
         image: Image.Image = Image.open(io.BytesIO(file), formats=FORMATS)
         _check_size(image.size, limits)
+        budget.take(image.width * image.height)
         if image.mode.startswith(("I", "F")) or (image.format == "PNG" and file[_PNG_BIT_DEPTH] > 8):
             raise ImageError("samples of more than 8 bits are not accepted: convert to 8 bits per channel")
         image = ImageOps.exif_transpose(image)

@@ -6,17 +6,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from matvae.v1 import embedding_pb2 as pb
 from matvae_server.bundle import MODEL, Bundle, BundleError
 from matvae_server.network import Encoder
+from matvae_server.runtimes import COMPUTE_PRECISIONS
 
 
 class TorchEncoder:
     """The network of `network.py` with a bundle's weights, in fp32; TF32 is off, so fp32 means fp32."""
 
-    compute_precision = pb.COMPUTE_PRECISION_FP32
-
-    def __init__(self, bundle: Bundle, *, device: str, threads: int) -> None:
+    def __init__(
+        self, bundle: Bundle, *, device: str, threads: int, max_batch: int, compute_precision: str = "fp32"
+    ) -> None:
+        self.compute_precision = COMPUTE_PRECISIONS[compute_precision]
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False

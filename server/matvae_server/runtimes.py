@@ -15,6 +15,11 @@ from matvae.v1 import embedding_pb2 as pb
 from matvae_server.bundle import ENCODER, Bundle, BundleError
 
 NAMES = ("auto", "onnxruntime", "torch")
+COMPUTE_PRECISIONS: dict[str, pb.ComputePrecision] = {
+    "fp32": pb.COMPUTE_PRECISION_FP32,
+    "bf16": pb.COMPUTE_PRECISION_BF16,
+}
+"""Name to wire value."""
 
 
 class RuntimeUnavailableError(RuntimeError):
@@ -60,10 +65,10 @@ class OnnxEncoder:
         return codes
 
 
-def choose(name: str, bundle: Bundle, *, threads: int) -> Encoder:
+def choose(name: str, bundle: Bundle, *, threads: int, max_batch: int = 64, compute_precision: str = "fp32") -> Encoder:
     """The encoder of that name; "auto" is torch where CUDA works, else onnxruntime, else torch on the CPU.
 
-    Raises RuntimeUnavailableError.
+    Raises RuntimeUnavailableError where it is not installed, or cannot compute in that precision.
     """
     if name == "auto":
         name = "torch" if _cuda() or not _installed("onnxruntime") else "onnxruntime"
@@ -71,10 +76,18 @@ def choose(name: str, bundle: Bundle, *, threads: int) -> Encoder:
         extra = {"torch": "gpu", "onnxruntime": "server"}[name]
         raise RuntimeUnavailableError(f"{name} is not installed: pip install 'matvae[{extra}]'")
     if name == "onnxruntime":
+        if compute_precision != "fp32":
+            raise RuntimeUnavailableError(f"onnxruntime computes in fp32, not in {compute_precision}: take torch")
         return OnnxEncoder(bundle, threads=threads)
     from matvae_server.runtime_torch import TorchEncoder
 
-    return TorchEncoder(bundle, device="cuda" if _cuda() else "cpu", threads=threads)
+    return TorchEncoder(
+        bundle,
+        device="cuda" if _cuda() else "cpu",
+        threads=threads,
+        max_batch=max_batch,
+        compute_precision=compute_precision,
+    )
 
 
 def _installed(package: str) -> bool:

@@ -3,102 +3,104 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import TypeAlias
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
-from matvae import __version__
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server import images as imaging
-from matvae_server.batcher import Batcher
-from matvae_server.bundle import Bundle
+from matvae_server.call import Call
 from matvae_server.card import HEAD_KINDS
-from matvae_server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from matvae_server.decoding import DecodePool
+from matvae_server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, ServiceError
 from matvae_server.galleries import Gallery
 from matvae_server.images import Limits
-from matvae_server.runtimes import Encoder
+from matvae_server.models import Model, Models
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Float32: TypeAlias = npt.NDArray[np.float32]
+
+STREAM_IN_FLIGHT = 16
+"""How many requests of one stream are worked on at a time."""
 
 _INVALID_IMAGE: int = grpc.StatusCode.INVALID_ARGUMENT.value[0]
 _BROKEN_CODE: int = grpc.StatusCode.INTERNAL.value[0]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    """A live model: its bundle, what computes its codes, and what this server tells about it."""
-
-    bundle: Bundle
-    encoder: Encoder
-    batcher: Batcher
-    description: pb.GetModelResponse
-
-    @classmethod
-    def of(cls, bundle: Bundle, encoder: Encoder, batcher: Batcher, limits: Limits) -> Model:
-        """A model, its description built once."""
-        description = pb.GetModelResponse(
-            card=bundle.card.to_proto(),
-            limits=limits.to_proto(),
-            runtime=encoder.name,
-            compute_precision=encoder.compute_precision,
-            server_version=__version__,
-        )
-        return cls(bundle=bundle, encoder=encoder, batcher=batcher, description=description)
-
-
 class EmbeddingCore:
-    """Answers the calls of `EmbeddingService` for a set of models; the first is the default.
+    """Answers the calls of `EmbeddingService`.
 
     Encoded images are decoded and galleries read in `decoders`, neither on the event loop nor on the encoder's thread.
+    `galleries`, by name, may be replaced between calls.
     """
 
     def __init__(
-        self, models: list[Model], *, limits: Limits, decoders: Executor, galleries: Sequence[Gallery] = ()
+        self, models: Models, *, limits: Limits, decoders: DecodePool, galleries: Sequence[Gallery] = ()
     ) -> None:
-        self._galleries = {gallery.name: gallery for gallery in galleries}
-        self._models = {model.bundle.card.name: model for model in models}
-        self._default = models[0]
+        self.galleries = {gallery.name: gallery for gallery in galleries}
+        self._models = models
         self._limits = limits
         self._decoders = decoders
 
     def get_model(self, request: pb.GetModelRequest) -> pb.GetModelResponse:
         """The model's card and this server's limits. Raises NotFoundError."""
-        return self._model(request.model).description
+        return self._models.find(request.model).description
 
     def list_models(self, _request: pb.ListModelsRequest) -> pb.ListModelsResponse:
         """Every live model."""
         return pb.ListModelsResponse(
             models=[
-                pb.ModelSummary(name=name, fingerprint=model.bundle.card.fingerprint, is_default=model is self._default)
-                for name, model in self._models.items()
+                pb.ModelSummary(
+                    name=model.bundle.card.name,
+                    fingerprint=model.fingerprint,
+                    is_default=model is self._models.default,
+                )
+                for model in self._models.live()
             ]
         )
 
-    async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
+    async def embed(self, request: pb.EmbedRequest, call: Call) -> pb.EmbedResponse:
         """The codes of the request's images, cut to its prefix and precision; an unusable image is left out and named.
 
-        Raises InvalidArgumentError, NotFoundError or FailedPreconditionError; nothing is computed then.
+        Raises InvalidArgumentError, NotFoundError, FailedPreconditionError, and what `Admission.admit` raises; nothing
+        is computed then.
         """
-        model = self._model(request.model, request.expected_fingerprint)
+        model = self._models.find(request.model, request.expected_fingerprint)
         card = model.bundle.card
         offset, stop, precision = _wanted_slice(request, card.network.dimensions)
-        pixels, errors = await self._pixels(request, card.network.image_shape)
-        vectors = (await model.batcher.encode(pixels) if len(pixels) else np.empty((0, stop), np.float32))[
-            :, offset:stop
-        ]
+        shape = card.network.image_shape
+        call.model, call.dimensions, call.precision = card.name, stop - offset, precision
+        errors: list[pb.ItemError] = []
+        if request.HasField("raw"):
+            pixels = imaging.from_raw(request.raw, shape, self._limits)
+            count = len(pixels)
+            call.images += count
+            with model.admission.admit(count, call.seconds_left):
+                vectors = await self._encode(model, pixels, call)
+        elif request.HasField("encoded"):
+            files = list(request.encoded.files)
+            imaging.check_count(len(files), self._limits, "encoded.files")
+            count = len(files)
+            call.images += count
+            with model.admission.admit(count, call.seconds_left, before=self._decoders.predict(count)):
+                pixels, errors = await self._decode(files, shape)
+                vectors = await self._encode(model, pixels, call)
+        else:
+            raise InvalidArgumentError("images", "neither raw nor encoded images: send at least one")
+        vectors = vectors[:, offset:stop]
         if not np.isfinite(vectors).all():
-            vectors, errors = _without_broken(vectors, errors, len(pixels) + len(errors))
+            vectors, errors = _without_broken(vectors, errors, count)
         rows = codec.pack(vectors, precision, card.quantiser.slice(offset, stop))
+        data = rows.tobytes()
+        call.failed_images += len(errors)
+        call.bytes_out += len(data)
         return pb.EmbedResponse(
             codes=pb.Codes(
-                data=rows.tobytes(),
+                data=data,
                 count=len(rows),
                 dimensions=stop,
                 offset=offset,
@@ -109,9 +111,41 @@ class EmbeddingCore:
             compute_precision=model.encoder.compute_precision,
         )
 
+    async def embed_stream(
+        self, requests: AsyncIterable[pb.EmbedStreamRequest], call: Call
+    ) -> AsyncIterator[pb.EmbedStreamResponse]:
+        """The reply to each request of a stream as it is done; at most STREAM_IN_FLIGHT are read before that."""
+        done: asyncio.Queue[pb.EmbedStreamResponse | None] = asyncio.Queue()
+        slots = asyncio.Semaphore(STREAM_IN_FLIGHT)
+
+        async def answer(message: pb.EmbedStreamRequest) -> None:
+            try:
+                reply = pb.EmbedStreamResponse(id=message.id, response=await self.embed(message.request, call))
+            except ServiceError as error:
+                reply = pb.EmbedStreamResponse(id=message.id, error=error.to_proto())
+            done.put_nowait(reply)
+
+        async def read() -> None:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    async for message in requests:
+                        await slots.acquire()
+                        group.create_task(answer(message))
+            finally:
+                done.put_nowait(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (reply := await done.get()) is not None:
+                yield reply
+                slots.release()  # only now: what a slow reader has not taken counts
+            await reader
+        finally:
+            reader.cancel()
+
     def get_head(self, request: pb.GetHeadRequest) -> pb.GetHeadResponse:
         """The head of a trained prefix. Raises NotFoundError that names the nearest prefix that has one."""
-        model = self._model(request.model, request.expected_fingerprint)
+        model = self._models.find(request.model, request.expected_fingerprint)
         card = model.bundle.card
         kinds = {value: name for name, value in HEAD_KINDS.items()} | {pb.HEAD_KIND_UNSPECIFIED: "logistic"}
         if request.kind not in kinds:
@@ -138,20 +172,21 @@ class EmbeddingCore:
             )
         )
 
-    async def list_galleries(self, _request: pb.ListGalleriesRequest) -> pb.ListGalleriesResponse:
+    async def list_galleries(self, _request: pb.ListGalleriesRequest, _call: Call) -> pb.ListGalleriesResponse:
         """Every gallery, at its newest version."""
         loop = asyncio.get_running_loop()
-        summaries = (loop.run_in_executor(self._decoders, gallery.summary) for gallery in self._galleries.values())
+        pool = self._decoders.executor
+        summaries = (loop.run_in_executor(pool, gallery.summary) for gallery in self.galleries.values())
         return pb.ListGalleriesResponse(galleries=await asyncio.gather(*summaries))
 
-    async def pull_gallery(self, request: pb.PullGalleryRequest) -> AsyncIterator[pb.PullGalleryResponse]:
+    async def pull_gallery(self, request: pb.PullGalleryRequest, call: Call) -> AsyncIterator[pb.PullGalleryResponse]:
         """The codes of a gallery, cut to the slice and precision asked for, message by message.
 
         Raises InvalidArgumentError, NotFoundError or FailedPreconditionError before the first message.
         """
-        gallery = self._galleries.get(request.gallery)
+        gallery = self.galleries.get(request.gallery)
         if gallery is None:
-            there = ", ".join(self._galleries) or "none: the server has no --gallery"
+            there = ", ".join(self.galleries) or "none: the server has no --gallery"
             raise NotFoundError(f"no gallery {request.gallery!r} here; there are: {there}")
         live = gallery.card.fingerprint
         if request.expected_fingerprint not in ("", live):
@@ -160,46 +195,23 @@ class EmbeddingCore:
                 "codes of the two do not mix; pull it anew, into another place"
             )
         offset, stop, precision = _wanted_slice(request, gallery.card.network.dimensions)
+        call.model, call.dimensions, call.precision = gallery.card.name, stop - offset, precision
         messages = gallery.pull(request, offset, stop, precision)
         loop = asyncio.get_running_loop()
         # One message at a time: a long pull leaves the pool to others in between, and a slow reader holds no thread.
-        while (message := await loop.run_in_executor(self._decoders, next, messages, None)) is not None:
+        while (message := await loop.run_in_executor(self._decoders.executor, next, messages, None)) is not None:
+            call.bytes_out += len(message.rows.codes.data)
             yield message
 
-    def _model(self, name: str, expected_fingerprint: str = "") -> Model:
-        model = self._models.get(name) if name else self._default
-        if model is None:
-            raise NotFoundError(f"no model {name!r} here; live: {', '.join(self._models)}")
-        live = model.bundle.card.fingerprint
-        if expected_fingerprint and expected_fingerprint != live:
-            raise FailedPreconditionError(
-                f"model {model.bundle.card.name!r} has fingerprint {live}, not the expected {expected_fingerprint}: "
-                "codes of the two do not mix; fetch the model again and recompute what you store"
-            )
-        return model
-
-    async def _pixels(
-        self, request: pb.EmbedRequest, image_shape: tuple[int, int, int]
-    ) -> tuple[Pixels, list[pb.ItemError]]:
-        match request.WhichOneof("images"):
-            case "raw":
-                return imaging.from_raw(request.raw, image_shape, self._limits), []
-            case "encoded":
-                return await self._decode(list(request.encoded.files), image_shape)
-            case _:
-                raise InvalidArgumentError("images", "neither raw nor encoded images: send at least one")
+    async def _encode(self, model: Model, pixels: Pixels, call: Call) -> Float32:
+        if not len(pixels):
+            return np.empty((0, model.bundle.card.network.dimensions), np.float32)
+        encoded = await model.batcher.encode(pixels)
+        call.queue_seconds, call.encode_seconds = encoded.queue_seconds, encoded.encode_seconds
+        return encoded.codes
 
     async def _decode(self, files: list[bytes], image_shape: tuple[int, int, int]) -> tuple[Pixels, list[pb.ItemError]]:
-        imaging.check_count(len(files), self._limits, "encoded.files")
-
-        def decode_one(file: bytes) -> Pixels | imaging.ImageError:
-            try:
-                return imaging.decode(file, image_shape, self._limits)
-            except imaging.ImageError as error:
-                return error
-
-        loop = asyncio.get_running_loop()
-        results = await asyncio.gather(*(loop.run_in_executor(self._decoders, decode_one, file) for file in files))
+        results = await self._decoders.decode(files, image_shape, self._limits)
         good = [result for result in results if not isinstance(result, imaging.ImageError)]
         errors = [
             pb.ItemError(index=index, code=_INVALID_IMAGE, message=f"encoded.files[{index}]: {result}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from matvae_server import batcher
-from matvae_server.batcher import Batcher
+from matvae_server.batcher import Batcher, Encoded
 
 
 class Recorder:
@@ -46,8 +46,8 @@ async def behind_a_held_batch(encode: Recorder, max_batch: int, requests: list[n
     return results[1:]
 
 
-def values(results: list[object]) -> list[list[float]]:
-    return [np.asarray(result)[:, 0].tolist() for result in results]
+def values(results: list[Encoded]) -> list[list[float]]:
+    return [result.codes[:, 0].tolist() for result in results]
 
 
 def test_what_gathered_goes_together_and_comes_back_apart() -> None:
@@ -115,7 +115,7 @@ def test_a_lone_request_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> N
     encode = Recorder()
     encode.release.set()
 
-    async def run() -> np.ndarray:
+    async def run() -> Encoded:
         lone = Batcher(encode, max_batch=64)
         result = await lone.encode(labelled(7))
         await lone.close()
@@ -132,7 +132,7 @@ def test_an_encoder_that_loses_rows_fails_its_batch_and_no_other(count: int) -> 
         broken = Batcher(lambda images: next(replies), max_batch=64)
         with pytest.raises(RuntimeError, match=f"{count} codes for 2 images"):
             await broken.encode(labelled(1, 2))
-        assert (await broken.encode(labelled(1, 2))).shape == (2, 4)
+        assert (await broken.encode(labelled(1, 2))).codes.shape == (2, 4)
         await broken.close()
 
     asyncio.run(run())
@@ -141,7 +141,7 @@ def test_an_encoder_that_loses_rows_fails_its_batch_and_no_other(count: int) -> 
 def test_close_finishes_what_is_queued() -> None:
     encode = Recorder()
 
-    async def run() -> list[np.ndarray]:
+    async def run() -> list[Encoded]:
         batcher = Batcher(encode, max_batch=2)
         tasks = [asyncio.create_task(batcher.encode(labelled(value))) for value in range(5)]
         await asyncio.sleep(0)

@@ -96,7 +96,7 @@ def test_compacting_takes_nothing_from_a_pull(random_codes: Codes, bundle: Bundl
     directory = CodesDirectory(tmp_path / "gallery")
     for start in range(0, ROWS, ROWS // 2):
         directory.append(random_codes[start : start + ROWS // 2])
-    gallery = Gallery.open("random", directory.path, bundle.card)
+    gallery = Gallery.open("random", directory.path, [bundle.card])
     messages = gallery.pull(pb.PullGalleryRequest(gallery="random"), 0, random_codes.dimensions, "float32")
     assert next(messages).start.count == ROWS
     directory.compact()
@@ -217,4 +217,4 @@ def test_ids_that_cannot_travel_are_refused_at_the_start(random_codes: Codes, bu
     directory = CodesDirectory(tmp_path / "gallery")
     directory.append(dataclasses.replace(random_codes[:1], ids=("caf\udce9.png",)))
     with pytest.raises(GalleryError, match="not UTF-8"):
-        Gallery.open("names", directory.path, bundle.card)
+        Gallery.open("names", directory.path, [bundle.card])

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matvae_server.images import ImageError, Limits, decode
+from matvae_server.images import ImageError, Limits, PixelBudget, decode
 
 GREY, RGB = (28, 28, 1), (32, 32, 3)
 LIMITS = Limits()
+
+
+def budget(pixels: int = LIMITS.max_request_pixels) -> PixelBudget:
+    return PixelBudget(pixels)
 
 
 def png(array: np.ndarray, **options: object) -> bytes:
@@ -31,26 +35,28 @@ def png_header(width: int, height: int, depth: int = 8, colour: int = 0) -> byte
 
 def test_an_image_of_the_right_shape_keeps_its_pixels(images) -> None:
     pixels = images.query_images[0]
-    assert np.array_equal(decode(png(pixels[..., 0]), GREY, LIMITS), pixels)
+    assert np.array_equal(decode(png(pixels[..., 0]), GREY, LIMITS, budget()), pixels)
 
 
 def test_colour_becomes_grey_and_grey_becomes_colour() -> None:
     red = np.zeros((32, 32, 3), np.uint8)
     red[..., 0] = 255
-    assert np.unique(decode(png(red), (32, 32, 1), LIMITS)).tolist() == [76]  # 0.299 of 255, ITU-R 601-2
-    assert decode(png(np.full((32, 32), 9, np.uint8)), RGB, LIMITS).tolist() == np.full((32, 32, 3), 9).tolist()
+    assert np.unique(decode(png(red), (32, 32, 1), LIMITS, budget())).tolist() == [76]  # 0.299 of 255, ITU-R 601-2
+    assert (
+        decode(png(np.full((32, 32), 9, np.uint8)), RGB, LIMITS, budget()).tolist() == np.full((32, 32, 3), 9).tolist()
+    )
 
 
 def test_the_centre_is_cut_out_and_not_squeezed() -> None:
     wide = np.zeros((28, 84), np.uint8)
     wide[:, 28:56] = 200  # the centred square
-    assert np.unique(decode(png(wide), GREY, LIMITS)).tolist() == [200]
+    assert np.unique(decode(png(wide), GREY, LIMITS, budget())).tolist() == [200]
 
 
 def test_transparency_lies_over_black() -> None:
     clear = np.full((28, 28, 4), 255, np.uint8)
     clear[..., 3] = 0
-    assert decode(png(clear), GREY, LIMITS).max() == 0
+    assert decode(png(clear), GREY, LIMITS, budget()).max() == 0
 
 
 def test_exif_orientation_is_applied() -> None:
@@ -58,14 +64,14 @@ def test_exif_orientation_is_applied() -> None:
     upright[:14] = 255
     exif = Image.Exif()
     exif[0x0112] = 3  # stored upside down
-    assert np.array_equal(decode(png(upright[::-1], exif=exif), GREY, LIMITS)[..., 0], upright)
+    assert np.array_equal(decode(png(upright[::-1], exif=exif), GREY, LIMITS, budget())[..., 0], upright)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
 def test_lossy_formats_come_close(images, kind: str) -> None:
     buffer = io.BytesIO()
     Image.fromarray(images.query_images[0][..., 0]).save(buffer, kind, quality=95)
-    difference = decode(buffer.getvalue(), GREY, LIMITS).astype(int) - images.query_images[0]
+    difference = decode(buffer.getvalue(), GREY, LIMITS, budget()).astype(int) - images.query_images[0]
     assert np.abs(difference).mean() < 5
 
 
@@ -85,11 +91,11 @@ def test_lossy_formats_come_close(images, kind: str) -> None:
 )
 def test_unusable_files_say_why(file: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message):
-        decode(file, GREY, LIMITS)
+        decode(file, GREY, LIMITS, budget())
 
 
 def test_formats_outside_the_contract_are_refused() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((28, 28), np.uint8)).save(buffer, "BMP")
     with pytest.raises(ImageError, match="not a PNG, JPEG or WEBP"):
-        decode(buffer.getvalue(), GREY, LIMITS)
+        decode(buffer.getvalue(), GREY, LIMITS, budget())

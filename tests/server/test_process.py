@@ -33,7 +33,10 @@ def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 def test_sigterm_under_load_answers_every_call_and_exits_0(start_server) -> None:
     images = np.random.default_rng(0).integers(0, 256, (256, 28, 28, 1), np.uint8)
     request = pb.EmbedRequest(raw=pb.RawImages(pixels=images.tobytes(), shape=images.shape))
-    with start_server("--threads", "1") as server, grpc.insecure_channel(server.address) as channel:
+    with (
+        start_server("--threads", "1", "--max-queue", "20000") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
         stub = pb_grpc.EmbeddingServiceStub(channel)
         calls = [stub.Embed.future(request, timeout=60) for _ in range(40)]
         assert calls[0].result().codes.count == 256
@@ -124,7 +127,7 @@ def test_ipv6_is_bracketed(start_server) -> None:
         (["--port", "65536"], 2, "port must be between 0 and 65535"),
         (["--port", "http"], 2, "--port"),
         (["--max-batch", "0"], 2, "max_batch must be at least 1"),
-        (["--threads", "-1"], 2, "threads must be 0 (choose) or more"),
+        (["--threads", "-1"], 2, "threads must be at least 0 (choose)"),
         (["--runtime", "jax"], 2, "--runtime"),
         (["--bundel", "x"], 2, "--bundel"),
     ],

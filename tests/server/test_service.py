@@ -1,9 +1,9 @@
 """The core without a transport: what the calls' tests cannot see from outside."""
 
 import asyncio
+import contextlib
 import io
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,9 +13,12 @@ from matvae.v1 import embedding_pb2 as pb
 from matvae_server import bundle as bundles
 from matvae_server import images as imaging
 from matvae_server import runtimes
-from matvae_server.batcher import Batcher
+from matvae_server.call import Call
+from matvae_server.config import ServerConfig
+from matvae_server.decoding import DecodePool
 from matvae_server.images import Limits
-from matvae_server.service import EmbeddingCore, Model
+from matvae_server.models import Models
+from matvae_server.service import EmbeddingCore
 
 
 class Recording:
@@ -34,14 +37,16 @@ class Recording:
         return codes
 
 
-def embed(bundle: bundles.Bundle, encoder: Recording, request: pb.EmbedRequest) -> pb.EmbedResponse:
+def embed(encoder: Recording, request: pb.EmbedRequest, monkeypatch: pytest.MonkeyPatch) -> pb.EmbedResponse:
     async def run() -> pb.EmbedResponse:
-        with ThreadPoolExecutor(2, thread_name_prefix="decode") as decoders:
-            batcher = Batcher(encoder.encode, max_batch=64)
-            model = Model.of(bundle, encoder, batcher, Limits())
-            reply = await EmbeddingCore([model], limits=Limits(), decoders=decoders).embed(request)
-            await batcher.close()
-            return reply
+        monkeypatch.setattr(runtimes, "choose", lambda *_, **__: encoder)
+        models = Models(ServerConfig())
+        models.replace(await models.prepare())
+        with contextlib.closing(DecodePool(2)) as decoders:
+            core = EmbeddingCore(models, limits=Limits(), decoders=decoders)
+            reply = await core.embed(request, Call(method="Embed", request_id="test"))
+        await models.close()
+        return reply
 
     return asyncio.run(run())
 
@@ -51,9 +56,7 @@ def encoder(bundle: bundles.Bundle) -> Recording:
     return Recording(runtimes.choose("onnxruntime", bundle, threads=1))
 
 
-def test_decoding_and_encoding_leave_the_event_loop_free(
-    bundle: bundles.Bundle, encoder: Recording, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoding_and_encoding_leave_the_event_loop_free(encoder: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contract 7: decoding in its pool, encoding on the encoder's thread, neither on the loop's."""
     decoding, decode = set[str](), imaging.decode
 
@@ -64,16 +67,19 @@ def test_decoding_and_encoding_leave_the_event_loop_free(
     monkeypatch.setattr(imaging, "decode", recorded)
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((28, 28), np.uint8)).save(buffer, "PNG")
-    embed(bundle, encoder, pb.EmbedRequest(encoded=pb.EncodedImages(files=[buffer.getvalue()] * 3)))
+    embed(encoder, pb.EmbedRequest(encoded=pb.EncodedImages(files=[buffer.getvalue()] * 3)), monkeypatch)
     assert decoding
     assert all(name.startswith("decode") for name in decoding)
     assert encoder.threads == {"encoder"}
 
 
-def test_a_code_that_is_not_finite_is_left_out_and_named(bundle: bundles.Bundle, encoder: Recording, images) -> None:
+def test_a_code_that_is_not_finite_is_left_out_and_named(
+    encoder: Recording, images, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = images.query_images[:4].copy()
     pixels[2] = 255
-    reply = embed(bundle, encoder, pb.EmbedRequest(raw=pb.RawImages(pixels=pixels.tobytes(), shape=pixels.shape)))
+    request = pb.EmbedRequest(raw=pb.RawImages(pixels=pixels.tobytes(), shape=pixels.shape))
+    reply = embed(encoder, request, monkeypatch)
     assert reply.codes.count == 3
     assert [(error.index, "not finite" in error.message) for error in reply.errors] == [(2, True)]
     good = np.frombuffer(reply.codes.data, "<f4").reshape(3, -1)

@@ -106,6 +106,52 @@ class EmbedResponse(_message.Message):
     compute_precision: ComputePrecision
     def __init__(self, codes: _Optional[_Union[Codes, _Mapping]] = ..., errors: _Optional[_Iterable[_Union[ItemError, _Mapping]]] = ..., compute_precision: _Optional[_Union[ComputePrecision, str]] = ...) -> None: ...
 
+class EmbedStreamRequest(_message.Message):
+    __slots__ = ("id", "request")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    request: EmbedRequest
+    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[EmbedRequest, _Mapping]] = ...) -> None: ...
+
+class CallError(_message.Message):
+    __slots__ = ("code", "message", "field", "retry_after_ms")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    field: str
+    retry_after_ms: int
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+
+class EmbedStreamResponse(_message.Message):
+    __slots__ = ("id", "response", "error")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    response: EmbedResponse
+    error: CallError
+    def __init__(self, id: _Optional[int] = ..., response: _Optional[_Union[EmbedResponse, _Mapping]] = ..., error: _Optional[_Union[CallError, _Mapping]] = ...) -> None: ...
+
+class DecodeRequest(_message.Message):
+    __slots__ = ("model", "codes")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    CODES_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    codes: Codes
+    def __init__(self, model: _Optional[str] = ..., codes: _Optional[_Union[Codes, _Mapping]] = ...) -> None: ...
+
+class DecodeResponse(_message.Message):
+    __slots__ = ("images", "dimensions")
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    images: RawImages
+    dimensions: int
+    def __init__(self, images: _Optional[_Union[RawImages, _Mapping]] = ..., dimensions: _Optional[int] = ...) -> None: ...
+
 class InputSpec(_message.Message):
     __slots__ = ("height", "width", "channels", "resize_rule")
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -198,16 +244,22 @@ class ModelCard(_message.Message):
     def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., description: _Optional[str] = ..., license: _Optional[str] = ..., input: _Optional[_Union[InputSpec, _Mapping]] = ..., dimensions: _Optional[int] = ..., prefixes: _Optional[_Iterable[int]] = ..., classes: _Optional[_Iterable[str]] = ..., quantiser: _Optional[_Union[Quantiser, _Mapping]] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., heads: _Optional[_Iterable[_Union[HeadInfo, _Mapping]]] = ..., provenance: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_images_per_request", "max_message_bytes", "max_image_pixels", "min_image_side")
+    __slots__ = ("max_images_per_request", "max_message_bytes", "max_image_pixels", "min_image_side", "max_request_pixels", "max_queue_images", "min_ping_interval_ms")
     MAX_IMAGES_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MIN_IMAGE_SIDE_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUE_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    MIN_PING_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
     max_images_per_request: int
     max_message_bytes: int
     max_image_pixels: int
     min_image_side: int
-    def __init__(self, max_images_per_request: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., min_image_side: _Optional[int] = ...) -> None: ...
+    max_request_pixels: int
+    max_queue_images: int
+    min_ping_interval_ms: int
+    def __init__(self, max_images_per_request: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., min_image_side: _Optional[int] = ..., max_request_pixels: _Optional[int] = ..., max_queue_images: _Optional[int] = ..., min_ping_interval_ms: _Optional[int] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("model",)

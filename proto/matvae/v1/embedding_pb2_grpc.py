@@ -50,10 +50,20 @@ class EmbeddingServiceStub(object):
                 request_serializer=matvae_dot_v1_dot_embedding__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=matvae_dot_v1_dot_embedding__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.EmbedStream = channel.stream_stream(
+                '/matvae.v1.EmbeddingService/EmbedStream',
+                request_serializer=matvae_dot_v1_dot_embedding__pb2.EmbedStreamRequest.SerializeToString,
+                response_deserializer=matvae_dot_v1_dot_embedding__pb2.EmbedStreamResponse.FromString,
+                _registered_method=True)
         self.GetHead = channel.unary_unary(
                 '/matvae.v1.EmbeddingService/GetHead',
                 request_serializer=matvae_dot_v1_dot_embedding__pb2.GetHeadRequest.SerializeToString,
                 response_deserializer=matvae_dot_v1_dot_embedding__pb2.GetHeadResponse.FromString,
+                _registered_method=True)
+        self.Decode = channel.unary_unary(
+                '/matvae.v1.EmbeddingService/Decode',
+                request_serializer=matvae_dot_v1_dot_embedding__pb2.DecodeRequest.SerializeToString,
+                response_deserializer=matvae_dot_v1_dot_embedding__pb2.DecodeResponse.FromString,
                 _registered_method=True)
         self.ListGalleries = channel.unary_unary(
                 '/matvae.v1.EmbeddingService/ListGalleries',
@@ -92,8 +102,23 @@ class EmbeddingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EmbedStream(self, request_iterator, context):
+        """Embeds many requests over one call. Each is answered as `Embed` would answer it, with its id, as soon as it is done,
+        so in any order; one that fails is answered with an error, and the others go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetHead(self, request, context):
         """Returns the small classifier of one trained prefix, to be run by the client.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Decode(self, request, context):
+        """Turns codes of any prefix back into images: the decoder half of the VAE, which shows what a prefix knows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,10 +157,20 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
                     request_deserializer=matvae_dot_v1_dot_embedding__pb2.EmbedRequest.FromString,
                     response_serializer=matvae_dot_v1_dot_embedding__pb2.EmbedResponse.SerializeToString,
             ),
+            'EmbedStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.EmbedStream,
+                    request_deserializer=matvae_dot_v1_dot_embedding__pb2.EmbedStreamRequest.FromString,
+                    response_serializer=matvae_dot_v1_dot_embedding__pb2.EmbedStreamResponse.SerializeToString,
+            ),
             'GetHead': grpc.unary_unary_rpc_method_handler(
                     servicer.GetHead,
                     request_deserializer=matvae_dot_v1_dot_embedding__pb2.GetHeadRequest.FromString,
                     response_serializer=matvae_dot_v1_dot_embedding__pb2.GetHeadResponse.SerializeToString,
+            ),
+            'Decode': grpc.unary_unary_rpc_method_handler(
+                    servicer.Decode,
+                    request_deserializer=matvae_dot_v1_dot_embedding__pb2.DecodeRequest.FromString,
+                    response_serializer=matvae_dot_v1_dot_embedding__pb2.DecodeResponse.SerializeToString,
             ),
             'ListGalleries': grpc.unary_unary_rpc_method_handler(
                     servicer.ListGalleries,
@@ -241,6 +276,33 @@ class EmbeddingService(object):
             _registered_method=True)
 
     @staticmethod
+    def EmbedStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/matvae.v1.EmbeddingService/EmbedStream',
+            matvae_dot_v1_dot_embedding__pb2.EmbedStreamRequest.SerializeToString,
+            matvae_dot_v1_dot_embedding__pb2.EmbedStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetHead(request,
             target,
             options=(),
@@ -257,6 +319,33 @@ class EmbeddingService(object):
             '/matvae.v1.EmbeddingService/GetHead',
             matvae_dot_v1_dot_embedding__pb2.GetHeadRequest.SerializeToString,
             matvae_dot_v1_dot_embedding__pb2.GetHeadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Decode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/matvae.v1.EmbeddingService/Decode',
+            matvae_dot_v1_dot_embedding__pb2.DecodeRequest.SerializeToString,
+            matvae_dot_v1_dot_embedding__pb2.DecodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

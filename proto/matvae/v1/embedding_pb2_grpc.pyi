@@ -43,8 +43,14 @@ class EmbeddingServiceStub:
     """Names the models that are live on this server."""
     Embed: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]
     """Embeds a batch of images and returns their codes at the prefix and precision asked for."""
+    EmbedStream: _grpc.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]
+    """Embeds many requests over one call. Each is answered as `Embed` would answer it, with its id, as soon as it is done,
+    so in any order; one that fails is answered with an error, and the others go on.
+    """
     GetHead: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.GetHeadRequest, _embedding_pb2.GetHeadResponse]
     """Returns the small classifier of one trained prefix, to be run by the client."""
+    Decode: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.DecodeRequest, _embedding_pb2.DecodeResponse]
+    """Turns codes of any prefix back into images: the decoder half of the VAE, which shows what a prefix knows."""
     ListGalleries: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.ListGalleriesRequest, _embedding_pb2.ListGalleriesResponse]
     """Names the galleries: codes that this server keeps, to be pulled."""
     PullGallery: _grpc.UnaryStreamMultiCallable[_embedding_pb2.PullGalleryRequest, _embedding_pb2.PullGalleryResponse]
@@ -63,8 +69,14 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     """Names the models that are live on this server."""
     Embed: _aio.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]  # type: ignore[assignment]
     """Embeds a batch of images and returns their codes at the prefix and precision asked for."""
+    EmbedStream: _aio.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]  # type: ignore[assignment]
+    """Embeds many requests over one call. Each is answered as `Embed` would answer it, with its id, as soon as it is done,
+    so in any order; one that fails is answered with an error, and the others go on.
+    """
     GetHead: _aio.UnaryUnaryMultiCallable[_embedding_pb2.GetHeadRequest, _embedding_pb2.GetHeadResponse]  # type: ignore[assignment]
     """Returns the small classifier of one trained prefix, to be run by the client."""
+    Decode: _aio.UnaryUnaryMultiCallable[_embedding_pb2.DecodeRequest, _embedding_pb2.DecodeResponse]  # type: ignore[assignment]
+    """Turns codes of any prefix back into images: the decoder half of the VAE, which shows what a prefix knows."""
     ListGalleries: _aio.UnaryUnaryMultiCallable[_embedding_pb2.ListGalleriesRequest, _embedding_pb2.ListGalleriesResponse]  # type: ignore[assignment]
     """Names the galleries: codes that this server keeps, to be pulled."""
     PullGallery: _aio.UnaryStreamMultiCallable[_embedding_pb2.PullGalleryRequest, _embedding_pb2.PullGalleryResponse]  # type: ignore[assignment]
@@ -100,12 +112,30 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Embeds a batch of images and returns their codes at the prefix and precision asked for."""
 
     @_abc_1.abstractmethod
+    def EmbedStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_embedding_pb2.EmbedStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_embedding_pb2.EmbedStreamResponse], _abc.AsyncIterator[_embedding_pb2.EmbedStreamResponse]]:
+        """Embeds many requests over one call. Each is answered as `Embed` would answer it, with its id, as soon as it is done,
+        so in any order; one that fails is answered with an error, and the others go on.
+        """
+
+    @_abc_1.abstractmethod
     def GetHead(
         self,
         request: _embedding_pb2.GetHeadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.GetHeadResponse, _abc.Awaitable[_embedding_pb2.GetHeadResponse]]:
         """Returns the small classifier of one trained prefix, to be run by the client."""
+
+    @_abc_1.abstractmethod
+    def Decode(
+        self,
+        request: _embedding_pb2.DecodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_embedding_pb2.DecodeResponse, _abc.Awaitable[_embedding_pb2.DecodeResponse]]:
+        """Turns codes of any prefix back into images: the decoder half of the VAE, which shows what a prefix knows."""
 
     @_abc_1.abstractmethod
     def ListGalleries(

@@ -1,0 +1,172 @@
+"""From gRPC's calls to the core's, and back: errors become rich statuses, and every call is counted, timed and told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+
+from matvae.v1 import embedding_pb2 as pb
+from matvae.v1 import embedding_pb2_grpc as pb_grpc
+from matvae_server.call import Call
+from matvae_server.errors import InternalError, ServiceError, UnavailableError
+from matvae_server.service import EmbeddingCore
+
+REQUEST_ID = "x-request-id"
+"""Metadata: a caller may name its call; the reply's trailers have the name, the caller's or the server's."""
+
+_NAMEABLE = re.compile(r"[\x21-\x7e]{1,64}")
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+Observer = Callable[[Call, grpc.StatusCode], None]
+"""Told of every call when it is over."""
+
+log = logging.getLogger("matvae.server")
+
+
+class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
+    """Maps gRPC calls to the core, its errors to rich statuses, and counts the calls in flight."""
+
+    def __init__(self, core: EmbeddingCore, observers: Sequence[Observer] = ()) -> None:
+        self._core = core
+        self._observers = observers
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
+        """See the proto."""
+        return await self._call("GetModel", _async(self._core.get_model), request, context)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
+        """See the proto."""
+        return await self._call("ListModels", _async(self._core.list_models), request, context)
+
+    async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:  # noqa: N802
+        """See the proto."""
+        return await self._call("Embed", self._core.embed, request, context)
+
+    async def EmbedStream(  # noqa: N802
+        self, requests: AsyncIterator[pb.EmbedStreamRequest], context: Any
+    ) -> AsyncIterator[pb.EmbedStreamResponse]:
+        """See the proto."""
+        async with self._counted("EmbedStream", context) as call:
+            async for message in self._core.embed_stream(requests, call):
+                yield message
+
+    async def GetHead(self, request: pb.GetHeadRequest, context: Any) -> pb.GetHeadResponse:  # noqa: N802
+        """See the proto."""
+        return await self._call("GetHead", _async(self._core.get_head), request, context)
+
+    async def ListGalleries(  # noqa: N802
+        self, request: pb.ListGalleriesRequest, context: Any
+    ) -> pb.ListGalleriesResponse:
+        """See the proto."""
+        return await self._call("ListGalleries", self._core.list_galleries, request, context)
+
+    async def PullGallery(  # noqa: N802
+        self, request: pb.PullGalleryRequest, context: Any
+    ) -> AsyncIterator[pb.PullGalleryResponse]:
+        """See the proto."""
+        async with self._counted("PullGallery", context) as call:
+            async for message in self._core.pull_gallery(request, call):
+                yield message
+
+    def refuse(self) -> None:
+        """From now on every new call is UNAVAILABLE; those in flight go on."""
+        self._draining = True
+
+    async def idle(self, seconds: float) -> bool:
+        """Wait until no call is in flight; whether that came in time."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _call(
+        self, method: str, handle: Callable[[Request, Call], Awaitable[Reply]], request: Request, context: Any
+    ) -> Reply:
+        async with self._counted(method, context) as call:
+            return await handle(request, call)
+        raise AssertionError("a call that fails is aborted")
+
+    @contextlib.asynccontextmanager
+    async def _counted(self, method: str, context: Any) -> AsyncIterator[Call]:
+        """A call in flight; whatever it raises becomes its status."""
+        call = Call(method=method, request_id=_request_id(context), seconds=context.time_remaining())
+        code = grpc.StatusCode.OK
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            if self._draining:
+                raise UnavailableError("the server is shutting down: try another, or again in a moment")
+            yield call
+            context.set_trailing_metadata(_trailers(call))
+        except ServiceError as error:
+            code = error.status
+            await _abort(context, error, call)
+        except Exception:
+            code = InternalError.status
+            log.exception("call failed", extra={"request_id": call.request_id})
+            message = f"internal error; the server's log has it under the request id {call.request_id}"
+            await _abort(context, InternalError(message), call)
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+            for observe in self._observers:
+                observe(call, code)
+
+
+def _request_id(context: Any) -> str:
+    for key, value in context.invocation_metadata():
+        if key == REQUEST_ID and _NAMEABLE.fullmatch(value):
+            return str(value)
+    return secrets.token_hex(8)
+
+
+def _trailers(call: Call) -> tuple[tuple[str, str], ...]:
+    """The call's id and, of one that encoded, where its time went, in microseconds."""
+    if not call.images:
+        return ((REQUEST_ID, call.request_id),)
+    return (
+        (REQUEST_ID, call.request_id),
+        ("matvae-queue-us", str(round(1e6 * call.queue_seconds))),
+        ("matvae-encode-us", str(round(1e6 * call.encode_seconds))),
+        ("matvae-total-us", str(round(1e6 * call.total_seconds))),
+    )
+
+
+def _async(handle: Callable[[Request], Reply]) -> Callable[[Request, Call], Awaitable[Reply]]:
+    async def wrapped(request: Request, _call: Call) -> Reply:
+        return handle(request)
+
+    return wrapped
+
+
+async def _abort(context: Any, error: ServiceError, call: Call) -> NoReturn:
+    """End the call with a google.rpc.Status in its trailers (grpc/proposal L44)."""
+    details = []
+    for message in error.details():
+        packed = any_pb2.Any()
+        packed.Pack(message)
+        details.append(packed)
+    status = rpc_status.to_status(status_pb2.Status(code=error.status.value[0], message=str(error), details=details))
+    trailers = (*(status.trailing_metadata or ()), *error.trailers(), *_trailers(call))
+    await context.abort(status.code, status.details, trailers)
+    raise AssertionError("abort does not return")
