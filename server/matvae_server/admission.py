@@ -60,6 +60,10 @@ class Admission:
         self._max_batch = max_batch
         self._batch_time = batch_time
 
+    def seconds(self, images: int) -> float:
+        """How long the encoder takes for so many images, by the latest batches."""
+        return self._batch_time.seconds(images, self._max_batch)
+
     @contextlib.contextmanager
     def admit(self, images: int, seconds_left: float | None, *, before: float = 0.0) -> Iterator[None]:
         """Hold a place for so many images until they are encoded, or their caller has gone.
@@ -72,9 +76,9 @@ class Admission:
             raise ResourceExhaustedError(
                 f"the queue is full: {self.depth} images wait, {images} more are over its bound of {self.bound}",
                 # Up to twice as long: who was refused together should not come back together.
-                retry_after=random.uniform(1, 2) * self._batch_time.seconds(excess, self._max_batch),
+                retry_after=random.uniform(1, 2) * self.seconds(excess),
             )
-        predicted = before + self._batch_time.seconds(self.depth + images, self._max_batch)
+        predicted = before + self.seconds(self.depth + images)
         if seconds_left is not None and predicted > seconds_left:
             raise DeadlineExceededError(
                 f"{self.depth} images wait: the answer is predicted in {1000 * predicted:.0f} ms, the deadline is in "

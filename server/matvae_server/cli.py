@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from matvae_server.models import Model
+from typing import Any
 
 _EXAMPLES = """\
 examples:
   matvae-serve                               the packaged Fashion-MNIST model on 127.0.0.1:50051
   matvae-serve --bundle runs/my-bundle       a bundle of your own
   matvae-serve --gallery photos=galleries/photos     codes to be pulled; `matvae gallery build` makes such a folder
+  matvae-serve --check --bundle runs/my-bundle       is all well? what would be served?
   matvae-serve --port 0                      a free port, printed once the server is ready
   MATVAE_PORT=6000 matvae-serve              every flag has an environment variable; the flag wins
 """
@@ -32,33 +31,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"matvae-serve: {error.name} is not installed: pip install 'matvae[server]'", file=sys.stderr)
         return 1
-    import logging
-
+    from matvae_server import check, logs, measure
+    from matvae_server.bundle import BundleError
     from matvae_server.config import Security, ServerConfig
+    from matvae_server.runtimes import RuntimeUnavailableError
     from matvae_server.server import StartupError, serve
+    from matvae_server.workers import serve_with_workers
 
     parser = _parser()
     options = vars(parser.parse_args(arguments))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    only_check, only_measure = options.pop("check"), options.pop("measure")
     try:
         security = Security(**{field.name: options.pop(field.name) for field in dataclasses.fields(Security)})
         config = ServerConfig(security=security, **options)
     except ValueError as error:
         parser.error(str(error))
+    logs.configure(config.log_format)
     try:
-        asyncio.run(serve(config, ready=_say_ready))
-    except StartupError as error:
+        if only_check:
+            print(asyncio.run(check.check(config)))
+        elif only_measure:
+            print(json.dumps(measure.measure(config), indent=1))
+        else:
+            run = serve if config.workers == 1 else serve_with_workers
+            asyncio.run(run(config, ready=_say_ready))
+    except (StartupError, BundleError, RuntimeUnavailableError) as error:
         print(f"matvae-serve: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _say_ready(address: str, models: Sequence[Model]) -> None:
-    for model in models:
-        card = model.bundle.card
-        dimensions = f"{card.network.dimensions} dimensions"
-        print(f"model {card.name}, {dimensions}, fingerprint {card.fingerprint[:12]}, on {model.encoder.name}")
-    print(f"matvae-serve ready on {address}", flush=True)
+def _say_ready(address: str, models: Sequence[str]) -> None:
+    print(*models, f"matvae-serve ready on {address}", sep="\n", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,6 +166,12 @@ def _parser() -> argparse.ArgumentParser:
     add(operations, "--health-port", "plaintext port for health probes alone", type=int, metavar="PORT")
     add(operations, "--metrics-port", "HTTP port for Prometheus", type=int, metavar="PORT")
     add(operations, "--log-format", "how the log is written, on stderr", choices=("text", "json"))
+    operations.add_argument(
+        "--check", action="store_true", help="load and warm up what the flags name, say what would be served, and exit"
+    )
+    operations.add_argument(
+        "--measure", action="store_true", help="print the encoder's own rate by batch size as JSON, and exit"
+    )
     add_switch(operations, "--access-log", "a line for every call, not only for those that fail")
     return parser
 

@@ -46,6 +46,13 @@ class Model:
     description: pb.GetModelResponse
 
     @property
+    def line(self) -> str:
+        """What a person is told of it."""
+        card = self.bundle.card
+        dimensions = f"{card.network.dimensions} dimensions"
+        return f"model {card.name}, {dimensions}, fingerprint {card.fingerprint[:12]}, on {self.encoder.name}"
+
+    @property
     def fingerprint(self) -> str:
         """Of its embedding space."""
         return self.bundle.card.fingerprint

@@ -32,8 +32,8 @@ class StartupError(RuntimeError):
     """The server cannot start; the message says why and what to do."""
 
 
-async def serve(config: ServerConfig, *, ready: Callable[[str, list[Model]], None]) -> None:
-    """Serve until SIGTERM or SIGINT; `ready` is told the address once the first request can be answered.
+async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]) -> None:
+    """Serve until SIGTERM or SIGINT; `ready` is told the address, and a line for each model, once calls are answered.
 
     SIGHUP loads the bundles and galleries anew. Raises StartupError where the port, a bundle, a gallery or the runtime
     is not to be had.
@@ -55,12 +55,12 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[Model]], Non
         health_servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        stopped = _stop_signal()
+        stopped = stop_signal()
         for name in ("", SERVICE_NAME):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         with _reloading(config, models, core):
-            ready(address, models.live())
+            ready(address, [model.line for model in models.live()])
             await stopped.wait()
         log.info("draining")
         adapter.refuse()
@@ -144,7 +144,7 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
     return f"{bracketed(config.host)}:{port}"
 
 
-def _stop_signal() -> asyncio.Event:
+def stop_signal() -> asyncio.Event:
     """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
 

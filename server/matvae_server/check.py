@@ -1,0 +1,47 @@
+"""`matvae-serve --check`: everything that a start does but listen, and what would be served."""
+
+from __future__ import annotations
+
+import asyncio
+
+from matvae_server.config import ServerConfig, bracketed
+from matvae_server.galleries import GalleryError
+from matvae_server.models import Model, ModelError, Models, discard
+from matvae_server.server import StartupError, open_galleries
+
+
+async def check(config: ServerConfig) -> str:
+    """Load and warm up all that `config` names; what would be served, line by line. Raises StartupError."""
+    try:
+        models = await Models(config).prepare()
+        try:
+            galleries = await asyncio.to_thread(open_galleries, config, models)
+        finally:
+            await discard(models)
+        summaries = [gallery.summary() for gallery in galleries]
+    except (ModelError, GalleryError) as error:
+        raise StartupError(str(error)) from None
+    security = config.security
+    lines = [line for model in models.values() for line in _describe(config, model)]
+    lines += [f"gallery {gallery.name}: {gallery.count:,} codes, version {gallery.version}" for gallery in summaries]
+    lines += [
+        f"limits: {config.limits.max_images_per_request} images or {config.limits.max_message_bytes:,} bytes a request",
+        f"TLS {'on' if security.tls_cert else 'off'}, client certificates "
+        f"{'needed' if security.tls_client_ca else 'not needed'}, tokens "
+        f"{'needed' if security.token_file else 'not needed'}",
+        f"would listen on {bracketed(config.host)}:{config.port} with {config.workers} "
+        f"worker{'' if config.workers == 1 else 's'}",
+    ]
+    return "\n".join(lines)
+
+
+def _describe(config: ServerConfig, model: Model) -> list[str]:
+    """The model; how fast it is; how much may wait for it."""
+    queue = model.admission
+    full = queue.seconds(config.max_batch)
+    return [
+        model.line,
+        f"  {config.encoder_threads} thread{'' if config.encoder_threads == 1 else 's'}, batches of up to "
+        f"{config.max_batch} in {1000 * full:.1f} ms ({config.max_batch / full:,.0f} images/s), a lone image in "
+        f"{1000 * queue.seconds(1):.2f} ms; queue of {queue.bound} images",
+    ]

@@ -1,0 +1,158 @@
+"""Several processes on one port: a parent that reserves it, starts workers, restarts those that die, and stops them.
+
+Each worker is a whole server with its own event loop and encoder. The kernel gives each *connection* to one of them, so
+a client that wants several workers opens several channels. The parent serves no calls itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from matvae_server import logs
+from matvae_server.config import ServerConfig, bracketed
+from matvae_server.server import StartupError, serve, stop_signal
+
+_BACKOFF = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Seconds before a worker is started again, by how often it has died without having lived for _LONG_ENOUGH."""
+_LONG_ENOUGH = 60.0
+
+log = logging.getLogger("matvae.server")
+
+
+async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list[str]], None]) -> None:
+    """Serve with `config.workers` processes until SIGTERM or SIGINT; SIGHUP makes each reload.
+
+    `ready` is told the address, and a line for each model, once every worker can answer. Raises StartupError with what
+    the first worker to fail says.
+    """
+    with _reserved(config) as port:
+        config = dataclasses.replace(config, port=port)
+        stopped = stop_signal()
+        workers = [_Worker(config, number) for number in range(config.workers)]
+        try:
+            models = await asyncio.gather(*(worker.start() for worker in workers))
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _signal_all, workers, signal.SIGHUP)
+            ready(f"{bracketed(config.host)}:{port}", models[0])
+            keepers = [asyncio.create_task(worker.keep()) for worker in workers]
+            await stopped.wait()
+            for keeper in keepers:
+                keeper.cancel()
+        finally:
+            _signal_all(workers, signal.SIGTERM)
+            await asyncio.gather(*(worker.ended() for worker in workers))
+
+
+class _Worker:
+    """One worker process, and the one that takes its place when it dies."""
+
+    def __init__(self, config: ServerConfig, number: int) -> None:
+        self.process: BaseProcess | None = None
+        self._config = config
+        self._name = f"worker-{number}"
+        self._link: Connection | None = None
+        self._started = 0.0
+
+    async def start(self) -> list[str]:
+        """Start it; a line for each of its models, once it can answer. Raises StartupError with what it says."""
+        context = multiprocessing.get_context("spawn")
+        self._link, theirs = context.Pipe()
+        self.process = context.Process(target=_run_worker, args=(self._config, theirs), name=self._name, daemon=False)
+        self.process.start()
+        theirs.close()
+        self._started = asyncio.get_running_loop().time()
+        try:
+            outcome: list[str] | str = await asyncio.to_thread(self._link.recv)
+        except EOFError:
+            await self.ended()
+            raise StartupError(f"{self._name} ended before it was ready, with status {self.process.exitcode}") from None
+        if isinstance(outcome, str):
+            await self.ended()
+            raise StartupError(outcome)
+        return outcome
+
+    async def keep(self) -> None:
+        """Start it again whenever it dies."""
+        deaths = 0
+        while True:
+            await self.ended()
+            lived = asyncio.get_running_loop().time() - self._started
+            deaths = 0 if lived > _LONG_ENOUGH else deaths
+            delay = _BACKOFF[min(deaths, len(_BACKOFF) - 1)]
+            status = self.process.exitcode if self.process else None
+            log.error("%s died with status %s after %.0f s; started again in %.0f s", self._name, status, lived, delay)
+            deaths += 1
+            await asyncio.sleep(delay)
+            try:
+                await self.start()
+                log.info("%s is ready again", self._name)
+            except StartupError as error:
+                log.error("%s does not start: %s", self._name, error)  # noqa: TRY400 - the message says it all
+
+    async def ended(self) -> None:
+        """Wait for its end."""
+        if self.process is None:
+            return
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+        sentinel = self.process.sentinel
+        loop.add_reader(sentinel, over.set)
+        try:
+            await over.wait()
+        finally:
+            loop.remove_reader(sentinel)
+        self.process.join()
+
+
+def _signal_all(workers: list[_Worker], number: signal.Signals) -> None:
+    for worker in workers:
+        if worker.process and worker.process.pid and worker.process.is_alive():
+            os.kill(worker.process.pid, number)
+
+
+def _run_worker(config: ServerConfig, link: Connection) -> None:
+    """What a worker process does. It stops with SIGTERM, and when its parent is gone."""
+    logs.configure(config.log_format)
+
+    def ready(_address: str, models: list[str]) -> None:
+        link.send(models)
+        # Nothing more is said over the link: that it can be read means that the parent has ended, however.
+        asyncio.get_running_loop().add_reader(link.fileno(), _parent_is_gone, link)
+
+    try:
+        asyncio.run(serve(config, ready=ready))
+    except StartupError as error:
+        link.send(str(error))
+
+
+def _parent_is_gone(link: Connection) -> None:
+    asyncio.get_running_loop().remove_reader(link.fileno())
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _reserved(config: ServerConfig) -> Iterator[int]:
+    """The port, held for workers who share it and for nobody else. Raises StartupError where it cannot be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        with socket.socket(family) as alone:  # sharing would hide that another server has the port
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind((config.host, config.port))
+            port = alone.getsockname()[1]
+        with socket.socket(family) as held:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held.bind((config.host, port))
+            yield port
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on {bracketed(config.host)}:{config.port}: {error.strerror}. "
+            "Choose another with --port (0: a free one) or --host"
+        ) from None
