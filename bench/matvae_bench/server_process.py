@@ -47,6 +47,11 @@ class ServerProcess:
             self._end()
             raise
 
+    @property
+    def log(self) -> str:
+        """What it has written on stderr so far."""
+        return "".join(self._log)
+
     def stop(self, *, timeout: float = 60.0) -> tuple[int, str]:
         """End it with SIGTERM, with SIGKILL after `timeout` seconds; its exit status and what it wrote on stderr."""
         self.process.send_signal(signal.SIGTERM)
@@ -72,7 +77,7 @@ class ServerProcess:
         for stream in (self.process.stdout, self.process.stderr):
             if stream:
                 stream.close()
-        return status, "".join(self._log)
+        return status, self.log
 
     def _collect(self, stream: IO[bytes]) -> None:
         """Read stderr as it comes: a pipe that nobody empties would stop the server once it is full."""
@@ -85,9 +90,9 @@ class ServerProcess:
             selector.register(stream, selectors.EVENT_READ)
             while not (match := _READY.search(seen)):
                 if not selector.select(max(0.0, deadline - monotonic())):
-                    raise ServerStartError(f"the server was not ready after {seconds:.0f} s: {''.join(self._log)}")
+                    raise ServerStartError(f"the server was not ready after {seconds:.0f} s: {self.log}")
                 if not (chunk := os.read(stream.fileno(), 4096)):
                     self._reader.join()
-                    raise ServerStartError("".join(self._log).strip() or "the server ended without a word")
+                    raise ServerStartError(self.log.strip() or "the server ended without a word")
                 seen += chunk
         return match[1].decode()

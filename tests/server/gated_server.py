@@ -1,15 +1,17 @@
 """A server whose encoder waits at a gate: `python gated_server.py FIFO`.
 
 Once it is warm, each batch waits until somebody has the FIFO open for writing. It cuts off what it does not wait for
-sooner than the real one, so that a test need not be slow to see the difference.
+sooner than the real one, so that a test need not be slow to see the difference. Where SECONDS_PER_IMAGE is set, it
+believes that an image takes so long, so that a test knows what it predicts.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from matvae_server import cli, runtimes, server
+from matvae_server import admission, cli, runtimes, server
 
 
 def main(gate: Path) -> int:
@@ -26,6 +28,8 @@ def main(gate: Path) -> int:
     cli._say_ready = lambda address, model: (serving.append(True), say_ready(address, model))  # type: ignore[assignment]
     runtimes.OnnxEncoder.encode = gated  # type: ignore[method-assign]
     server.FLUSH_SECONDS = 0.2
+    if each := os.environ.get("SECONDS_PER_IMAGE"):
+        admission.BatchTime.seconds = lambda _, images, __: images * float(each)  # type: ignore[method-assign]
     return cli.main(["--port", "0", "--max-batch", "1"])
 
 
