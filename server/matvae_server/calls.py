@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import re
 import secrets
@@ -18,7 +19,7 @@ from grpc_status import rpc_status
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_server.call import Call
-from matvae_server.errors import InternalError, ServiceError, UnavailableError
+from matvae_server.errors import InternalError, InvalidArgumentError, ServiceError, UnavailableError
 from matvae_server.service import EmbeddingCore
 
 REQUEST_ID = "x-request-id"
@@ -32,6 +33,17 @@ Observer = Callable[[Call, grpc.StatusCode], None]
 """Told of every call when it is over."""
 
 log = logging.getLogger("matvae.server")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Malformed:
+    """Stands for a request whose bytes are no message of the kind that the call takes."""
+
+    wanted: str
+
+    def error(self) -> InvalidArgumentError:
+        """What the caller is told."""
+        return InvalidArgumentError("request", f"the bytes are no {self.wanted}: is the client of another version?")
 
 
 class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
@@ -62,7 +74,7 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
     ) -> AsyncIterator[pb.EmbedStreamResponse]:
         """See the proto."""
         async with self._counted("EmbedStream", context) as call:
-            async for message in self._core.embed_stream(requests, call):
+            async for message in self._core.embed_stream(_well_formed(requests), call):
                 yield message
 
     async def GetHead(self, request: pb.GetHeadRequest, context: Any) -> pb.GetHeadResponse:  # noqa: N802
@@ -79,7 +91,7 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
         self, request: pb.PullGalleryRequest, context: Any
     ) -> AsyncIterator[pb.PullGalleryResponse]:
         """See the proto."""
-        async with self._counted("PullGallery", context) as call:
+        async with self._counted("PullGallery", context, request) as call:
             async for message in self._core.pull_gallery(request, call):
                 yield message
 
@@ -98,12 +110,12 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
     async def _call(
         self, method: str, handle: Callable[[Request, Call], Awaitable[Reply]], request: Request, context: Any
     ) -> Reply:
-        async with self._counted(method, context) as call:
+        async with self._counted(method, context, request) as call:
             return await handle(request, call)
         raise AssertionError("a call that fails is aborted")
 
     @contextlib.asynccontextmanager
-    async def _counted(self, method: str, context: Any) -> AsyncIterator[Call]:
+    async def _counted(self, method: str, context: Any, request: object = None) -> AsyncIterator[Call]:
         """A call in flight; whatever it raises becomes its status."""
         call = Call(method=method, request_id=_request_id(context), seconds=context.time_remaining())
         code = grpc.StatusCode.OK
@@ -112,6 +124,8 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
         try:
             if self._draining:
                 raise UnavailableError("the server is shutting down: try another, or again in a moment")
+            if isinstance(request, Malformed):
+                raise request.error()
             yield call
             context.set_trailing_metadata(_trailers(call))
         except ServiceError as error:
@@ -120,8 +134,7 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
         except Exception:
             code = InternalError.status
             log.exception("call failed", extra={"request_id": call.request_id})
-            message = f"internal error; the server's log has it under the request id {call.request_id}"
-            await _abort(context, InternalError(message), call)
+            await _abort(context, InternalError.of(call.request_id), call)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
@@ -131,6 +144,14 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
                 self._idle.set()
             for observe in self._observers:
                 observe(call, code)
+
+
+async def _well_formed(requests: AsyncIterator[Request]) -> AsyncIterator[Request]:
+    """The messages of a stream; one that is malformed ends it. Raises InvalidArgumentError then."""
+    async for request in requests:
+        if isinstance(request, Malformed):
+            raise request.error()
+        yield request
 
 
 def _request_id(context: Any) -> str:

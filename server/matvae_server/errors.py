@@ -122,3 +122,8 @@ class InternalError(ServiceError):
     """Something that is not the caller's fault."""
 
     status = grpc.StatusCode.INTERNAL
+
+    @classmethod
+    def of(cls, request_id: str) -> InternalError:
+        """That of a call whose failure the log holds."""
+        return cls(f"internal error; the server's log has it under the request id {request_id}")

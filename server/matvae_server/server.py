@@ -12,16 +12,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from matvae.v1 import embedding_pb2 as pb
-from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_server.calls import GrpcAdapter
 from matvae_server.config import ServerConfig, bracketed, cores
 from matvae_server.decoding import DecodePool
 from matvae_server.galleries import Gallery, GalleryError
 from matvae_server.models import Model, ModelError, Models, discard
 from matvae_server.service import EmbeddingCore
+from matvae_server.transport import SERVICE, add_to_server
 
-SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["EmbeddingService"].full_name
+SERVICE_NAME: str = SERVICE.full_name
 FLUSH_SECONDS = 0.5
 """How long replies that are written may take to leave once no call is running; health watchers are cut off then."""
 
@@ -51,7 +50,7 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
         models.replace(fresh)
         core = EmbeddingCore(models, limits=config.limits, decoders=decoders, galleries=galleries)
         adapter = GrpcAdapter(core)
-        pb_grpc.add_EmbeddingServiceServicer_to_server(adapter, server)
+        add_to_server(adapter, server)
         health_servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import TypeAlias
 
@@ -16,7 +17,13 @@ from matvae_server import images as imaging
 from matvae_server.call import Call
 from matvae_server.card import HEAD_KINDS
 from matvae_server.decoding import DecodePool
-from matvae_server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, ServiceError
+from matvae_server.errors import (
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    ServiceError,
+)
 from matvae_server.galleries import Gallery
 from matvae_server.images import Limits
 from matvae_server.models import Model, Models
@@ -26,6 +33,8 @@ Float32: TypeAlias = npt.NDArray[np.float32]
 
 STREAM_IN_FLIGHT = 16
 """How many requests of one stream are worked on at a time."""
+
+log = logging.getLogger("matvae.server")
 
 _INVALID_IMAGE: int = grpc.StatusCode.INVALID_ARGUMENT.value[0]
 _BROKEN_CODE: int = grpc.StatusCode.INTERNAL.value[0]
@@ -123,15 +132,24 @@ class EmbeddingCore:
                 reply = pb.EmbedStreamResponse(id=message.id, response=await self.embed(message.request, call))
             except ServiceError as error:
                 reply = pb.EmbedStreamResponse(id=message.id, error=error.to_proto())
+            except Exception:
+                log.exception("a message of a stream failed", extra={"request_id": call.request_id})
+                reply = pb.EmbedStreamResponse(id=message.id, error=InternalError.of(call.request_id).to_proto())
             done.put_nowait(reply)
 
         async def read() -> None:
+            answers: set[asyncio.Task[None]] = set()
             try:
-                async with asyncio.TaskGroup() as group:
-                    async for message in requests:
-                        await slots.acquire()
-                        group.create_task(answer(message))
+                async for message in requests:
+                    await slots.acquire()
+                    task = asyncio.create_task(answer(message))
+                    answers.add(task)
+                    task.add_done_callback(answers.discard)
+                if answers:
+                    await asyncio.wait(answers)
             finally:
+                for task in answers:  # the call is over before they are
+                    task.cancel()
                 done.put_nowait(None)
 
         reader = asyncio.create_task(read())
