@@ -133,7 +133,7 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
             await _abort(context, error, call)
         except Exception:
             code = InternalError.status
-            log.exception("call failed", extra={"request_id": call.request_id})
+            log.exception("call failed, request id %s", call.request_id, extra={"request_id": call.request_id})
             await _abort(context, InternalError.of(call.request_id), call)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED

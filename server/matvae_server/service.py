@@ -133,7 +133,11 @@ class EmbeddingCore:
             except ServiceError as error:
                 reply = pb.EmbedStreamResponse(id=message.id, error=error.to_proto())
             except Exception:
-                log.exception("a message of a stream failed", extra={"request_id": call.request_id})
+                log.exception(
+                    "a message of a stream failed, request id %s",
+                    call.request_id,
+                    extra={"request_id": call.request_id},
+                )
                 reply = pb.EmbedStreamResponse(id=message.id, error=InternalError.of(call.request_id).to_proto())
             done.put_nowait(reply)
 
