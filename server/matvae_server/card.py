@@ -156,7 +156,7 @@ class Card:
         if hashlib.sha256(blank).hexdigest() != digest:
             raise CardError("card.json was changed after it was written: its digest does not match")
         try:
-            return cls(
+            card = cls(
                 network=NetworkConfig(**fields["network"]),
                 quantiser=codec.Quantiser(
                     **{name: np.array(fields["quantiser"][name], np.float32) for name in codec.QUANTISER_FIELDS}
@@ -169,10 +169,12 @@ class Card:
                     for name in ("name", "fingerprint", "description", "license", "provenance", "files", "resize_rule")
                 },
             )
+            card.to_proto()  # knows the type of every field
         except CardError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CardError(f"card.json is malformed: {type(error).__name__}: {error}") from None
+        return card
 
     def to_proto(self) -> pb.ModelCard:
         """The message of the same fields."""
