@@ -1,4 +1,4 @@
-"""How fast an encoder is at each batch size, beside the least that its arithmetic and its memory traffic take."""
+"""How fast an encoder is at each batch size, beside the least that its arithmetic and its bytes take."""
 
 from __future__ import annotations
 
@@ -22,43 +22,56 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What the network costs, counted from its configuration. Every layer reads its input and writes its output once.
+    """What no implementation of the network can do without, counted from its configuration.
 
-    The bytes are those of the device's memory; `transfer_bytes` are what goes up and comes down.
+    The multiplications and additions with what is in the image, not with the padding around it; every weight read once
+    a batch; the pixels of an image read and its code written. What layers hand to each other is not among it: it may
+    stay in a cache.
     """
 
     flops_per_image: int
-    activation_bytes_per_image: int
     weight_bytes_per_batch: int
-    transfer_bytes_per_image: int
+    pixel_bytes_per_image: int
+    code_bytes_per_image: int
 
     @classmethod
     def of(cls, network: NetworkConfig, *, bytes_per_number: int) -> Work:
-        """Of the encoder with batch norm folded away and each activation function part of the layer before it."""
-        pixels = math.prod(network.image_shape)
-        multiplications, weights, activations = 0, 0, pixels
+        """Of the encoder with batch norm folded away; activation functions count for nothing."""
+        multiplications, weights = 0, 0
         height, width = network.height, network.width
         for inputs, outputs in itertools.pairwise((network.channels, *network.conv_channels)):
-            height, width = (height + 1) // 2, (width + 1) // 2
-            multiplications += 9 * inputs * outputs * height * width
+            multiplications += inputs * outputs * _taps(height) * _taps(width)
             weights += (9 * inputs + 1) * outputs
-            activations += 2 * outputs * height * width  # written, and read by the next layer
+            height, width = (height + 1) // 2, (width + 1) // 2
         flat = network.conv_channels[-1] * height * width
         for inputs, outputs in ((flat, network.hidden), (network.hidden, network.dimensions)):
             multiplications += inputs * outputs
             weights += (inputs + 1) * outputs
-            activations += 2 * outputs
         return cls(
             flops_per_image=2 * multiplications,
-            activation_bytes_per_image=activations * bytes_per_number,
             weight_bytes_per_batch=weights * bytes_per_number,
-            transfer_bytes_per_image=pixels + 4 * network.dimensions,
+            pixel_bytes_per_image=math.prod(network.image_shape),
+            code_bytes_per_image=4 * network.dimensions,
         )
 
-    def least_seconds(self, images: int, *, flops_per_second: float, bytes_per_second: float) -> float:
-        """The floor of a batch on a device that reaches these rates: whichever of the two takes longer."""
-        traffic = self.weight_bytes_per_batch + images * self.activation_bytes_per_image
-        return max(images * self.flops_per_image / flops_per_second, traffic / bytes_per_second)
+    def least_seconds(
+        self, images: int, *, flops_per_second: float, bytes_per_second: float, bus_bytes_per_second: float = math.inf
+    ) -> float:
+        """The floor of a batch on a device that reaches these rates: whatever of the three takes longest.
+
+        The bus lies between host and device, and carries pixels one way while it carries codes the other.
+        """
+        each_way = (self.pixel_bytes_per_image, self.code_bytes_per_image)
+        return max(
+            images * self.flops_per_image / flops_per_second,
+            (self.weight_bytes_per_batch + images * sum(each_way)) / bytes_per_second,
+            images * max(each_way) / bus_bytes_per_second,
+        )
+
+
+def _taps(length: int) -> int:
+    """How often a kernel of 3 with stride 2 and padding 1 meets a pixel, along a side of that length."""
+    return sum(0 <= 2 * output + tap - 1 < length for output in range((length + 1) // 2) for tap in range(3))
 
 
 def measure(
@@ -67,7 +80,8 @@ def measure(
     """Images per second at each batch size, for `seconds` each, and as a share of the floor where it is known.
 
     One batch after the other, as `encode` computes them; and, where the encoder offers it, two under way at a time.
-    `ceilings` are those of `runtime_torch`, empty where they were not measured.
+    `ceilings` are those of `runtime_torch`, empty where they were not measured. A share above 1 says that they were
+    measured too low, as when another program had the device meanwhile.
     """
     rows = []
     for size in sizes:

@@ -146,16 +146,19 @@ def test_a_ring_starts_two_before_it_waits_for_one() -> None:
     assert [carrier.waits for carrier in carriers] == [1, 0]
 
 
-def test_work_counts_the_network() -> None:
-    """Against torch's own count of what it executes."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    network = NetworkConfig(height=9, width=7, channels=3, conv_channels=(4, 8), hidden=16)
-    encoder = Encoder(network).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder(torch.zeros((1, 9, 7, 3), dtype=torch.uint8))
-    # Of `Work`'s: the convolutions' padding is counted by both.
-    assert Work.of(network, bytes_per_number=4).flops_per_image == counter.get_total_flops()
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (9, 7), (8, 5), (1, 2)])
+def test_work_counts_no_padding(height: int, width: int) -> None:
+    """A convolution of ones with ones gives the taps that met a pixel, times the channels."""
+    network = NetworkConfig(height=height, width=width, channels=3, conv_channels=(4, 8), hidden=16)
+    multiplications = 0
+    pixels = torch.ones((1, 3, height, width))
+    for outputs in (4, 8):
+        ones = torch.ones((outputs, pixels.shape[1], 3, 3))
+        counts = torch.nn.functional.conv2d(torch.ones_like(pixels), ones, stride=2, padding=1)
+        multiplications += int(counts.sum())
+        pixels = counts
+    multiplications += pixels.numel() * 16 + 16 * 128
+    assert Work.of(network, bytes_per_number=4).flops_per_image == 2 * multiplications
 
 
 def test_work_counts_the_weights(bundle: bundles.Bundle) -> None:
@@ -167,12 +170,12 @@ def test_work_counts_the_weights(bundle: bundles.Bundle) -> None:
     assert Work.of(bundle.card.network, bytes_per_number=2).weight_bytes_per_batch == 2 * (numbers + biases)
 
 
-def test_the_floor_is_whichever_takes_longer() -> None:
-    work = Work(
-        flops_per_image=100, activation_bytes_per_image=10, weight_bytes_per_batch=1000, transfer_bytes_per_image=1
-    )
-    assert work.least_seconds(1, flops_per_second=1e6, bytes_per_second=1e6) == pytest.approx(1010e-6)
-    assert work.least_seconds(100, flops_per_second=1e6, bytes_per_second=1e6) == pytest.approx(10000e-6)
+def test_the_floor_is_whatever_takes_longest() -> None:
+    work = Work(flops_per_image=100, weight_bytes_per_batch=1000, pixel_bytes_per_image=30, code_bytes_per_image=10)
+    rates = {"flops_per_second": 1e6, "bytes_per_second": 1e6}
+    assert work.least_seconds(1, **rates) == pytest.approx(1040e-6)
+    assert work.least_seconds(100, **rates) == pytest.approx(10000e-6)
+    assert work.least_seconds(100, **rates, bus_bytes_per_second=1e5) == pytest.approx(30000e-6)
 
 
 @pytest.fixture
