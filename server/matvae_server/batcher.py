@@ -7,6 +7,7 @@ batch runs. The cap counts images, not requests.
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import queue
 import threading
@@ -37,16 +38,33 @@ class _Work:
     queued: float
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Started:
+    batch: list[_Work]
+    fetches: list[Callable[[], Codes]] | Exception
+    at: float
+
+
 class Batcher:
     """Coalesces concurrent requests into batches for `encode`, uint8 (n, ...) -> float32 (n, dimensions).
 
     Made on the event loop that awaits it. `encode` runs on one thread, so it need not be thread-safe. `on_batch`, which
     may be replaced, is told on the loop of every batch that was encoded: images, seconds.
+
+    An encoder that can start on a batch without waiting for it offers `submit`, which returns what waits: then one
+    batch is started before the one in front is waited for. The seconds of a batch count from where that one ended.
     """
 
-    def __init__(self, encode: Callable[[Pixels], Codes], *, max_batch: int) -> None:
+    def __init__(
+        self,
+        encode: Callable[[Pixels], Codes],
+        *,
+        max_batch: int,
+        submit: Callable[[Pixels], Callable[[], Codes]] | None = None,
+    ) -> None:
         self.on_batch: Callable[[int, float], None] = lambda *_: None
-        self._encode = encode
+        self._submit = submit or _at_once(encode)
+        self._ahead = int(submit is not None)
         self._max_batch = max_batch
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._held: _Work | None = None
@@ -66,13 +84,21 @@ class Batcher:
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        while batch := self._gather():
+        under_way: collections.deque[_Started] = collections.deque()
+        ended = 0.0
+        while True:
+            nothing_to_start = self._held is None and self._queue.empty()
+            if len(under_way) > self._ahead or (under_way and nothing_to_start):
+                ended = self._finish(under_way.popleft(), ended)
+                continue
+            batch = self._gather()
+            if not batch:
+                break
             batch = [item for item in batch if not item.result.cancelled()]  # whose caller has gone is not encoded
             if batch:
-                started = time.perf_counter()
-                outcome = self._encode_batch([item.images for item in batch])
-                seconds = time.perf_counter() - started
-                self._loop.call_soon_threadsafe(self._resolve, batch, outcome, started, seconds)
+                under_way.append(self._start(batch))
+        for started in under_way:
+            ended = self._finish(started, ended)
 
     def _gather(self) -> list[_Work]:
         """Work of at most `max_batch` images together, or one larger item; nothing once the queue is closed."""
@@ -93,18 +119,27 @@ class Batcher:
             self._queue.put(None)  # closed: to be seen again after this batch
         return batch
 
-    def _encode_batch(self, parts: list[Pixels]) -> list[Codes] | Exception:
-        """The codes of each part; or what went wrong, whatever it is: the batch fails, the thread goes on."""
+    def _start(self, batch: list[_Work]) -> _Started:
+        """Hand it to the encoder. What goes wrong, whatever it is, fails the batch, and the thread goes on."""
+        at = time.perf_counter()
         try:
+            parts = [item.images for item in batch]
             images = parts[0] if len(parts) == 1 else np.concatenate(parts)
             starts = range(0, len(images), self._max_batch)
-            pieces = [self._encode(images[start : start + self._max_batch]) for start in starts]
-            codes = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-            if len(codes) != len(images):
-                raise RuntimeError(f"the encoder gave {len(codes)} codes for {len(images)} images")
-            return np.split(codes, np.cumsum([len(part) for part in parts[:-1]]))
+            return _Started(batch, [self._submit(images[start : start + self._max_batch]) for start in starts], at)
         except Exception as error:
-            return error
+            return _Started(batch, error, at)
+
+    def _finish(self, started: _Started, ended: float) -> float:
+        """Wait for its codes and hand them out; the time then. `ended` is that of the batch in front."""
+        outcome: list[Codes] | Exception
+        if isinstance(started.fetches, Exception):
+            outcome = started.fetches
+        else:
+            outcome = _fetch(started.fetches, [len(work.images) for work in started.batch])
+        begun, now = max(started.at, ended), time.perf_counter()
+        self._loop.call_soon_threadsafe(self._resolve, started.batch, outcome, begun, now - begun)
+        return now
 
     def _resolve(self, batch: list[_Work], outcome: list[Codes] | Exception, started: float, seconds: float) -> None:
         for index, work in enumerate(batch):
@@ -116,3 +151,25 @@ class Batcher:
                 work.result.set_result(Encoded(outcome[index], started - work.queued, seconds))
         if not isinstance(outcome, Exception):
             self.on_batch(sum(len(work.images) for work in batch), seconds)
+
+
+def _at_once(encode: Callable[[Pixels], Codes]) -> Callable[[Pixels], Callable[[], Codes]]:
+    """`submit` of an encoder that cannot but wait."""
+
+    def submit(images: Pixels) -> Callable[[], Codes]:
+        codes = encode(images)
+        return lambda: codes
+
+    return submit
+
+
+def _fetch(fetches: list[Callable[[], Codes]], sizes: list[int]) -> list[Codes] | Exception:
+    """The codes of parts of these sizes; or what went wrong."""
+    try:
+        pieces = [fetch() for fetch in fetches]
+        codes = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if len(codes) != sum(sizes):
+            raise RuntimeError(f"the encoder gave {len(codes)} codes for {sum(sizes)} images")
+        return np.split(codes, np.cumsum(sizes[:-1]))
+    except Exception as error:
+        return error

@@ -164,7 +164,8 @@ def _read(config: ServerConfig, name: str) -> tuple[Bundle, Encoder]:
 
 async def _warm(config: ServerConfig, bundle: Bundle, encoder: Encoder, on_batch: OnBatch) -> Model:
     """The model, once it has encoded the smallest and the largest batch; what they took starts the predictions."""
-    batcher = Batcher(encoder.encode, max_batch=config.max_batch)
+    submit = encoder.submit if isinstance(encoder, runtimes.PipelinedEncoder) else None
+    batcher = Batcher(encoder.encode, max_batch=config.max_batch, submit=submit)
     sizes = (1, config.max_batch)
     try:
         for count in sizes:

@@ -36,8 +36,9 @@ class Encoder(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 (n, height, width, channels) -> float (n, hidden)."""
-        pixels = images.permute(0, 3, 1, 2).to(self.mean.weight.dtype) / 255.0
-        features: Tensor = self.trunk(pixels)
+        # The trunk may compute in less than the layers behind it: see `runtime_torch`.
+        pixels = images.permute(0, 3, 1, 2).to(next(self.trunk.parameters()).dtype) / 255.0
+        features: Tensor = self.trunk(pixels).to(self.mean.weight.dtype)
         return features
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:

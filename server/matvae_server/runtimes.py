@@ -6,7 +6,9 @@ Both read the same bundle, carry the same fingerprint and agree within 1e-4 in f
 from __future__ import annotations
 
 import importlib.util
-from typing import Protocol
+import itertools
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,15 @@ class Encoder(Protocol):
 
     def encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """uint8 (n, height, width, channels) -> raw posterior means, float32 (n, dimensions)."""
+        ...
+
+
+@runtime_checkable
+class PipelinedEncoder(Encoder, Protocol):
+    """An encoder that can start on a batch before the codes of the one in front have been fetched."""
+
+    def submit(self, images: npt.NDArray[np.uint8]) -> Callable[[], npt.NDArray[np.float32]]:
+        """Start on a batch, as in `encode`; what is returned waits for its codes, and may be called once more."""
         ...
 
 
@@ -77,17 +88,22 @@ def choose(name: str, bundle: Bundle, *, threads: int, max_batch: int = 64, comp
         raise RuntimeUnavailableError(f"{name} is not installed: pip install 'matvae[{extra}]'")
     if name == "onnxruntime":
         if compute_precision != "fp32":
-            raise RuntimeUnavailableError(f"onnxruntime computes in fp32, not in {compute_precision}: take torch")
+            raise RuntimeUnavailableError(
+                f"onnxruntime computes in fp32, not in {compute_precision}: take --runtime torch, or fp32"
+            )
         return OnnxEncoder(bundle, threads=threads)
+    if _cuda():
+        from matvae_server.runtime_cuda import CudaEncoder
+
+        return CudaEncoder(bundle, threads=threads, max_batch=max_batch, compute_precision=compute_precision)
     from matvae_server.runtime_torch import TorchEncoder
 
-    return TorchEncoder(
-        bundle,
-        device="cuda" if _cuda() else "cpu",
-        threads=threads,
-        max_batch=max_batch,
-        compute_precision=compute_precision,
-    )
+    return TorchEncoder(bundle, device="cpu", threads=threads, compute_precision=compute_precision)
+
+
+def buckets(max_batch: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and `max_batch`: the batch sizes that are prepared. A batch runs in the smallest that holds it."""
+    return (*itertools.takewhile(lambda size: size < max_batch, (2**i for i in itertools.count())), max_batch)
 
 
 def _installed(package: str) -> bool:

@@ -13,7 +13,9 @@ ROOMS = {
     "matvae_training": ("training", {"matvae", "matvae_server"}),
     "matvae_bench": ("bench", {"matvae", "matvae_client"}),
 }
-MAY_USE_TORCH = {"matvae_server/network.py", "matvae_server/runtime_torch.py", "matvae_server/runtimes.py"}
+MAY_USE_TORCH = {
+    f"matvae_server/{name}.py" for name in ("network", "runtime_cuda", "runtime_torch", "runtimes", "slots")
+}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

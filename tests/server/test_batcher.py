@@ -4,6 +4,7 @@ import asyncio
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -150,3 +151,75 @@ def test_close_finishes_what_is_queued() -> None:
         return await asyncio.gather(*tasks)
 
     assert values(list(asyncio.run(run()))) == [[0], [1], [2], [3], [4]]
+
+
+class Pipelined:
+    """Starts without waiting, and notes what it is asked for; the first start is held until released."""
+
+    def __init__(self, *, breaks: str = "") -> None:
+        self.log: list[str] = []
+        self.started = threading.Event()
+        self.release = threading.Event()
+        self._breaks = breaks
+
+    def __call__(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        label = images[0, 0, 0, 0]
+        self._note(f"start {label}")
+        self.started.set()
+        assert self.release.wait(10)
+
+        def fetch() -> np.ndarray:
+            self._note(f"fetch {label}")
+            return images[:, 0, 0, :1].astype(np.float32)
+
+        return fetch
+
+    def _note(self, what: str) -> None:
+        self.log.append(what)
+        if what == self._breaks:
+            raise RuntimeError("the encoder broke")
+
+
+async def through_a_pipeline(submit: Pipelined, max_batch: int, requests: list[np.ndarray]) -> list[object]:
+    """Queue all but the first while that one is being started, close, and await them."""
+    batcher = Batcher(lambda _: pytest.fail("encode instead of submit"), max_batch=max_batch, submit=submit)
+    tasks = [asyncio.create_task(batcher.encode(requests[0]))]
+    await asyncio.to_thread(submit.started.wait, 10)
+    tasks += [asyncio.create_task(batcher.encode(request)) for request in requests[1:]]
+    await asyncio.sleep(0)  # every task has put its work into the queue
+    submit.release.set()
+    await batcher.close()
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_a_batch_is_started_before_the_one_in_front_is_waited_for() -> None:
+    submit = Pipelined()
+    results = asyncio.run(through_a_pipeline(submit, 1, [labelled(0), labelled(1), labelled(2)]))
+    assert submit.log == ["start 0", "start 1", "fetch 0", "start 2", "fetch 1", "fetch 2"]
+    assert values(results) == [[0], [1], [2]]
+    assert all(result.queue_seconds >= 0 and result.encode_seconds >= 0 for result in results)
+
+
+def test_a_request_beyond_the_cap_goes_through_the_pipeline_in_pieces() -> None:
+    submit = Pipelined()
+    results = asyncio.run(through_a_pipeline(submit, 2, [labelled(0, 1, 2, 3, 4), labelled(5)]))
+    assert submit.log == ["start 0", "start 2", "start 4", "start 5", "fetch 0", "fetch 2", "fetch 4", "fetch 5"]
+    assert values(results) == [[0, 1, 2, 3, 4], [5]]
+
+
+@pytest.mark.parametrize("breaks", ["start 1", "fetch 1"])
+def test_a_batch_that_breaks_in_the_pipeline_fails_alone(breaks: str) -> None:
+    submit = Pipelined(breaks=breaks)
+    before, broken, after = asyncio.run(through_a_pipeline(submit, 1, [labelled(0), labelled(1), labelled(2)]))
+    assert values([before, after]) == [[0], [2]]
+    assert isinstance(broken, RuntimeError)
+
+
+def test_the_seconds_of_batches_that_overlap_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions add the seconds of batches up."""
+    submit = Pipelined()
+    fetches = lambda: sum(entry.startswith("fetch") for entry in submit.log)  # noqa: E731
+    monkeypatch.setattr(batcher.time, "perf_counter", fetches)  # a clock by which every fetch takes a second
+    results = asyncio.run(through_a_pipeline(submit, 1, [labelled(0), labelled(1), labelled(2)]))
+    assert [result.encode_seconds for result in results] == [1, 1, 1]
+    assert [result.queue_seconds for result in results] == [0, 1, 2]
