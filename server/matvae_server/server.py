@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
+from matvae_server import security
 from matvae_server.calls import GrpcAdapter
 from matvae_server.config import ServerConfig, bracketed, cores
 from matvae_server.decoding import DecodePool
@@ -35,14 +36,20 @@ class StartupError(RuntimeError):
 async def serve(config: ServerConfig, *, ready: Callable[[str, list[Model]], None]) -> None:
     """Serve until SIGTERM or SIGINT; `ready` is told the address once the first request can be answered.
 
-    SIGHUP loads the bundles and galleries anew. Raises StartupError where the port, a bundle, a gallery or the runtime
-    is not to be had.
+    SIGHUP loads the bundles and galleries anew. Raises StartupError where a port, a bundle, a gallery, the runtime or a
+    file of the security is not to be had.
     """
-    server = grpc.aio.server(options=_options(config))
-    address = _bind(server, config)
+    try:
+        server = grpc.aio.server(options=_options(config), interceptors=security.interceptors(config.security))
+        address = _listen(server, config, config.port, "--port", security.credentials(config.security))
+    except security.SecurityError as error:
+        raise StartupError(str(error)) from None
     decoders = DecodePool(cores())
     models = Models(config)
-    with contextlib.closing(decoders):
+    health_servicer = health.aio.HealthServicer()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(decoders.close)
+        health_address = await stack.enter_async_context(serve_health(config, health_servicer))
         try:
             fresh = await models.prepare()
             galleries = open_galleries(config, fresh)
@@ -52,7 +59,6 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[Model]], Non
         core = EmbeddingCore(models, limits=config.limits, decoders=decoders, galleries=galleries)
         adapter = GrpcAdapter(core)
         pb_grpc.add_EmbeddingServiceServicer_to_server(adapter, server)
-        health_servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         stopped = _stop_signal()
@@ -60,6 +66,8 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[Model]], Non
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         with _reloading(config, models, core):
+            if health_address:
+                print(f"matvae-serve health on {health_address}", flush=True)
             ready(address, models.live())
             await stopped.wait()
         log.info("draining")
@@ -130,18 +138,46 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
     return options
 
 
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
-    address = f"{bracketed(config.host)}:{config.port}"
+@contextlib.asynccontextmanager
+async def serve_health(config: ServerConfig, servicer: health.aio.HealthServicer) -> AsyncIterator[str | None]:
+    """While it lasts, `servicer` answers on the plaintext port for probes: its address, None where there is none.
+
+    It is not serving until told that it is. Raises StartupError where the port is not to be had.
+    """
+    for name in ("", SERVICE_NAME):
+        await servicer.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    if config.health_port is None:
+        yield None
+        return
+    server = grpc.aio.server(options=[("grpc.so_reuseport", int(config.workers > 1))])
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    address = _listen(server, config, config.health_port, "--health-port")
+    await server.start()
     try:
-        port = server.add_insecure_port(address)
+        yield address
+    finally:
+        await server.stop(FLUSH_SECONDS)
+
+
+def _listen(
+    server: grpc.aio.Server,
+    config: ServerConfig,
+    port: int,
+    flag: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> str:
+    """Take the port, in plaintext without credentials; the address. Raises StartupError that names the flag."""
+    address = f"{bracketed(config.host)}:{port}"
+    try:
+        taken = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
-        port = 0
-    if not port:
+        taken = 0
+    if not taken:
         raise StartupError(
             f"cannot listen on {address}: is the port in use, or the host not of this machine? "
-            "Choose another with --port (0: a free one) or --host"
+            f"Choose another with {flag} (0: a free one) or --host"
         )
-    return f"{bracketed(config.host)}:{port}"
+    return f"{bracketed(config.host)}:{taken}"
 
 
 def _stop_signal() -> asyncio.Event:
