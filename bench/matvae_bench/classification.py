@@ -40,11 +40,11 @@ def add_commands(
 
 def _cascade(options: argparse.Namespace) -> None:
     from matvae_bench import cascade
-    from matvae_client import EmbeddingClient
+    from matvae_client import Credentials, EmbeddingClient
 
     images, labels, source = cascade.held_out(options.data_root, options.dataset)
     asked: dict[str, Any] = {"kind": options.kind, "precision": options.precision}
-    with EmbeddingClient(options.server) as client:
+    with EmbeddingClient(options.server, credentials=Credentials.from_environment()) as client:
         card = client.model()
         fixed = list(cascade.fixed(client, images, labels, **asked))
         scores = list(
@@ -68,11 +68,11 @@ def _cascade(options: argparse.Namespace) -> None:
 def _few_shot(options: argparse.Namespace) -> None:
     from matvae_bench import few_shot
     from matvae_bench.images import LabelledImages
-    from matvae_client import EmbeddingClient
+    from matvae_client import Credentials, EmbeddingClient
 
     root = options.data_root
     images = LabelledImages.from_data_root(root, options.dataset) if root else LabelledImages.sample()
-    with EmbeddingClient(options.server) as client:
+    with EmbeddingClient(options.server, credentials=Credentials.from_environment()) as client:
         card = client.model()
         unseen = options.labels or few_shot.unseen_labels(card)
         shots = options.shots or (1, 5, 20)

@@ -98,11 +98,11 @@ def _accuracy(options: argparse.Namespace) -> None:
     from matvae.v1 import codec
     from matvae_bench import accuracy, plots
     from matvae_bench.images import LabelledImages
-    from matvae_client import EmbeddingClient
+    from matvae_client import Credentials, EmbeddingClient
 
     root = options.data_root
     images = LabelledImages.from_data_root(root, options.dataset) if root else LabelledImages.sample()
-    with EmbeddingClient(options.server) as client:
+    with EmbeddingClient(options.server, credentials=Credentials.from_environment()) as client:
         card = client.model()
         heads = sorted({kind for kind, _ in card.heads})
         scores = list(accuracy.measure(client, images, precisions=list(codec.PRECISIONS), heads=heads))
@@ -132,10 +132,10 @@ def _accuracy(options: argparse.Namespace) -> None:
 def _retrieval(options: argparse.Namespace) -> None:
     from matvae_bench import plots, retrieval
     from matvae_bench.images import LabelledImages
-    from matvae_client import EmbeddingClient
+    from matvae_client import Credentials, EmbeddingClient
 
     images = LabelledImages.from_data_root(options.data_root, "fashion-mnist") if options.data_root else None
-    with EmbeddingClient(options.server) as client:
+    with EmbeddingClient(options.server, credentials=Credentials.from_environment()) as client:
         results = retrieval.run(
             client, images or LabelledImages.sample(), vectors=options.vectors, only=options.only or ()
         )

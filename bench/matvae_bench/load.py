@@ -25,7 +25,7 @@ from locust.env import Environment
 
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.images import LabelledImages
-from matvae_client import EmbeddingClient, MatvaeError
+from matvae_client import Credentials, EmbeddingClient, MatvaeError
 
 grpc_gevent.init_gevent()
 
@@ -42,7 +42,7 @@ class EmbeddingUser(locust.User):
 
     def on_start(self) -> None:
         """Make a client of one's own; it connects with the first call."""
-        self.client = EmbeddingClient(self.host or "localhost:50051")
+        self.client = EmbeddingClient(self.host or "localhost:50051", credentials=Credentials.from_environment())
         self.position = 0
 
     def on_stop(self) -> None:
@@ -127,7 +127,7 @@ def run(target: str, *, users: int, seconds: float) -> dict[str, Any]:
     answers before the load begins, BenchmarkError where a user fails with anything else than a status, and
     KeyboardInterrupt, once the users have stopped, after Ctrl-C.
     """
-    with EmbeddingClient(target) as client:
+    with EmbeddingClient(target, credentials=Credentials.from_environment()) as client:
         card = client.model()
     served = {name: getattr(card, name) for name in SERVED}
     tallies: defaultdict[str, _Tally] = defaultdict(_Tally)

@@ -15,6 +15,7 @@ from matvae_client._cascade import CascadeAnswers, CascadeClassifier, CascadeRep
 from matvae_client._classifier import PrefixClassifier
 from matvae_client._client import EmbeddingClient
 from matvae_client._codes import Codes
+from matvae_client._credentials import Credentials
 from matvae_client._errors import (
     BudgetError,
     DeadlineError,
@@ -45,6 +46,7 @@ __all__ = [
     "CascadeReport",
     "Codes",
     "CodesDirectory",
+    "Credentials",
     "DeadlineError",
     "EmbeddingClient",
     "FingerprintMismatchError",

@@ -19,8 +19,7 @@ from matvae_client import _cli_output as output
 from matvae_client import _cli_plan as plan
 from matvae_client import _sheet as sheet
 from matvae_client._card import HEAD_KINDS
-from matvae_client._cli_arguments import positive
-from matvae_client._client import EmbeddingClient
+from matvae_client._cli_arguments import add_server_arguments, connect, positive
 from matvae_client._codes import Codes
 from matvae_client._errors import MatvaeError
 from matvae_client._index import PrefixIndex
@@ -86,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    with _client(options) as client:
+    with connect(options) as client:
         card = client.model()
     if options.json:
         output.print_json(card.to_dict())
@@ -101,12 +100,12 @@ def _embed(options: argparse.Namespace) -> int:
     kind = {"dimensions": options.dimensions, "precision": options.precision}
     if options.out.is_dir() or not options.out.suffix:
         directory = files.open_directory(options.out)
-        with _client(options) as client:
+        with connect(options) as client:
             added, failed = files.embed_into(directory, client, files.list_files(options.paths), **kind)
         output.print_directory(directory, added, failed, as_json=options.json)
         return output.report(failed)
     files.check_file(options.out)
-    with _client(options) as client:
+    with connect(options) as client:
         codes, failed = files.embed_files(client, options.paths, **kind)
     if len(codes):
         codes.save(options.out)
@@ -122,7 +121,7 @@ def _search(options: argparse.Namespace) -> int:
         if not queries.offset and not stored.offset and queries.dimensions > stored.dimensions:
             queries = queries.truncate(stored.dimensions)
     else:
-        with _client(options) as client:
+        with connect(options) as client:
             queries, failed = files.embed_files(
                 client,
                 options.queries,
@@ -139,16 +138,12 @@ def _search(options: argparse.Namespace) -> int:
 
 
 def _classify(options: argparse.Namespace) -> int:
-    with _client(options) as client:
+    with connect(options) as client:
         dimensions = options.dimensions or client.model().dimensions
         classifier = client.classifier(dimensions, options.kind)
         codes, failed = files.embed_files(client, options.paths, dimensions=dimensions)
     output.print_labels(codes.ids or (), classifier.classes, classifier.predict_proba(codes), as_json=options.json)
     return output.report(failed)
-
-
-def _client(options: argparse.Namespace) -> EmbeddingClient:
-    return EmbeddingClient(options.server, model=options.model)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,9 +171,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run)
-        server = os.environ.get("MATVAE_SERVER", "localhost:50051")
-        sub.add_argument("--server", default=server, metavar="HOST:PORT", help=f"default {server} (MATVAE_SERVER)")
-        sub.add_argument("--model", default="", metavar="NAME", help="default: the server's own default")
+        add_server_arguments(sub)
         sub.add_argument("--json", action="store_true", help="print JSON, for programs")
         return sub
 

@@ -1,10 +1,15 @@
-"""Types of arguments on the command line, whose complaints say what would do."""
+"""Arguments that several commands share: types whose complaints say what would do, and how to reach the server."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
+from typing import Any
 
 from matvae_client._budget import parse_size
+from matvae_client._client import EmbeddingClient
+from matvae_client._credentials import Credentials, read_token
 from matvae_client._errors import InvalidRequestError
 
 
@@ -33,3 +38,28 @@ def size(text: str) -> int:
         return parse_size(text)
     except InvalidRequestError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which server and model, and what to show it. The defaults of the latter are read by `connect`: one is secret."""
+    server = os.environ.get("MATVAE_SERVER", "localhost:50051")
+    parser.add_argument("--server", default=server, metavar="HOST:PORT", help=f"default {server} (MATVAE_SERVER)")
+    parser.add_argument("--model", default="", metavar="NAME", help="default: the server's own default")
+    access = parser.add_argument_group("servers with TLS or tokens")
+    for flag, help_text in (
+        ("--token-file", "its first token is shown (or MATVAE_TOKEN, the token itself)"),
+        ("--ca", "authority that signed the server's certificate, PEM (MATVAE_CA)"),
+        ("--cert", "certificate to show, PEM (MATVAE_CERT)"),
+        ("--key", "its private key, PEM (MATVAE_KEY)"),
+    ):
+        access.add_argument(flag, type=Path, metavar="FILE", help=help_text)
+    access.add_argument("--tls", action="store_true", help="TLS with the authorities of the system (MATVAE_TLS=1)")
+
+
+def connect(options: argparse.Namespace) -> EmbeddingClient:
+    """The client that the arguments describe; a flag wins over the environment. Raises MatvaeError or OSError."""
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("ca", "cert", "key", "tls")}
+    if options.token_file is not None:
+        given["token"] = read_token(options.token_file)
+    found = Credentials.from_environment(**{name: value for name, value in given.items() if value})
+    return EmbeddingClient(options.server, model=options.model, credentials=found)

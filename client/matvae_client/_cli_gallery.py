@@ -12,7 +12,7 @@ from matvae_client import _cli_files as files
 from matvae_client import _cli_output as output
 from matvae_client._budget import Budget
 from matvae_client._card import ModelCard
-from matvae_client._cli_arguments import positive, size
+from matvae_client._cli_arguments import connect, positive, size
 from matvae_client._client import EmbeddingClient
 from matvae_client._codes import Codes
 from matvae_client._errors import InvalidRequestError, NotFoundError
@@ -43,7 +43,7 @@ def build(options: argparse.Namespace) -> int:
     _require_utf8(directory.ids(), f"make the gallery in another folder than {options.folder}")
     added = 0
     failed: list[tuple[str, str]] = []
-    with EmbeddingClient(options.server, model=options.model) as client:
+    with connect(options) as client:
         for path in options.paths:
             if path.suffix == ".codes" or (path / store.MANIFEST).is_file():
                 added += _add_codes(directory, Codes.load(path), client.model(), path)
@@ -59,7 +59,7 @@ def build(options: argparse.Namespace) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """`matvae gallery list`."""
-    with EmbeddingClient(options.server, model=options.model) as client:
+    with connect(options) as client:
         galleries = client.galleries()
     if options.json:
         fields = ("name", "count", "version", "dimensions", "fingerprint")
@@ -75,7 +75,7 @@ def pull(options: argparse.Namespace) -> int:
     dimensions, precision = options.dimensions, options.precision or "float32"
     if options.memory is not None and (options.dimensions or options.precision):
         raise InvalidRequestError.of("memory", "it chooses --dimensions and --precision: give it or them, not both")
-    with EmbeddingClient(options.server, model=options.model) as client:
+    with connect(options) as client:
         if options.memory is not None:
             budget = Budget(total_bytes=options.memory, vectors=_count(client, options.gallery))
             plan = budget.plan(client.model())

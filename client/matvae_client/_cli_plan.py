@@ -7,8 +7,7 @@ import dataclasses
 
 from matvae_client import _cli_output as output
 from matvae_client._budget import METRICS, Budget
-from matvae_client._cli_arguments import number, size
-from matvae_client._client import EmbeddingClient
+from matvae_client._cli_arguments import connect, number, size
 
 HELP = "choose the prefix and precision that a budget buys"
 EXAMPLES = """\
@@ -30,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         min_accuracy=options.min_accuracy,
         metric=options.metric,
     )
-    with EmbeddingClient(options.server, model=options.model) as client:
+    with connect(options) as client:
         plan = budget.plan(client.model())
     if options.json:
         output.print_json(dataclasses.asdict(plan))

@@ -25,6 +25,7 @@ from matvae_client._card import HEAD_KINDS, ModelCard, ModelSummary
 from matvae_client._classifier import PrefixClassifier
 from matvae_client._codes import Codes
 from matvae_client._connection import Connection, Reply, Request
+from matvae_client._credentials import Credentials
 from matvae_client._errors import (
     ImageErrors,
     InvalidRequestError,
@@ -45,8 +46,9 @@ class EmbeddingClient:
     """Talks to one matvae server; thread-safe, a context manager.
 
     `model` is a name that the server knows, its default model where empty. `timeout` is the deadline of each request in
-    seconds. `max_in_flight` requests of one `embed` run at a time. A `channel` of your own (TLS, interceptors, a test)
-    is used as it is and left open.
+    seconds. `max_in_flight` requests of one `embed` run at a time. `credentials` are for a server with TLS or tokens; a
+    token goes over TLS, or to this machine. A `channel` of your own (interceptors, a test) is used as it is and left
+    open.
 
         with EmbeddingClient("localhost:50051") as client:
             codes = client.embed(["a.png", "b.jpg"], dimensions=32, precision="int8")
@@ -62,16 +64,19 @@ class EmbeddingClient:
         model: str = "",
         timeout: float = 30.0,
         max_in_flight: int = 4,
+        credentials: Credentials | None = None,
         channel: grpc.Channel | None = None,
     ) -> None:
         _check_timeout(timeout)
+        if credentials is not None and channel is not None:
+            raise InvalidRequestError.of("credentials", "a channel of your own has its own: give one or the other")
         if max_in_flight < 1:
             raise InvalidRequestError.of("max_in_flight", f"{max_in_flight} is not at least 1")
         self._target = target
         self._model_name = model
         self._timeout = timeout
         self._max_in_flight = max_in_flight
-        self._connection = Connection(target, channel)
+        self._connection = Connection(target, channel, credentials)
         self._stub = self._connection.stub
         self._card: ModelCard | None = None
         self._card_lock = threading.Lock()

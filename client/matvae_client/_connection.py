@@ -10,6 +10,7 @@ import grpc
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
+from matvae_client._credentials import Credentials, open_channel
 from matvae_client._errors import UnavailableError, from_rpc_error
 
 Request = TypeVar("Request")
@@ -43,10 +44,10 @@ _CHANNEL_OPTIONS = (
 class Connection:
     """Calls to `target`, each with a deadline in seconds. A `channel` that is given is left open by `close`."""
 
-    def __init__(self, target: str, channel: grpc.Channel | None) -> None:
+    def __init__(self, target: str, channel: grpc.Channel | None, credentials: Credentials | None = None) -> None:
         self._target = target
         self._own_channel = channel is None
-        self._channel = channel or grpc.insecure_channel(target, _CHANNEL_OPTIONS)
+        self._channel = channel or open_channel(target, credentials, _CHANNEL_OPTIONS)
         self.stub = pb_grpc.EmbeddingServiceStub(self._channel)
 
     def close(self) -> None:

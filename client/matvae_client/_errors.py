@@ -20,6 +20,7 @@ The message is for a person and says what to do; attributes are for programs.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, ClassVar
 
 import grpc
@@ -142,9 +143,7 @@ class FormatError(MatvaeError):
 
 
 _BY_STATUS: dict[grpc.StatusCode, type[MatvaeError]] = {
-    error.code: error
-    for error in (NotFoundError, FingerprintMismatchError, UnauthenticatedError)
-    if error.code is not None
+    error.code: error for error in (NotFoundError, FingerprintMismatchError) if error.code is not None
 }
 
 
@@ -169,13 +168,42 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float) -> MatvaeE
             f"the call was cut off, by {target} as it was stopping, or because this client was closed: call again "
             f"({text})"
         )
+    if status is grpc.StatusCode.UNAUTHENTICATED:
+        return UnauthenticatedError(
+            f"{target} wants a token that it knows: credentials=Credentials(token=...), or on the command line "
+            f"--token-file or MATVAE_TOKEN ({text})"
+        )
     if status is grpc.StatusCode.UNAVAILABLE:
+        if hint := _tls_hint(text):
+            return UnavailableError(f"no connection to {target}: {hint} ({text})")
         return UnavailableError(
             f"no server answers at {target}: start one with matvae-serve, or check the address ({text})"
         )
     if status is grpc.StatusCode.UNIMPLEMENTED:
         return ServerError(f"{target} does not offer this call: is it a matvae server, and not an older one? ({text})")
     return _BY_STATUS.get(status, ServerError)(text if status in _BY_STATUS else f"{target} failed: {text}")
+
+
+_TLS_HINTS = (
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS: leave ca and tls (--ca, --tls) out, or check the port"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not of an authority in ca (--ca), or has expired"),
+    ("Hostname Verification", "its certificate is of another name: server_name (MATVAE_SERVER_NAME) says which"),
+    ("handshake failed", "the TLS handshake failed: check ca, cert and key (--ca, --cert, --key)"),
+)
+_CUT_OFF = re.compile("failed to connect.*(socket closed|reset by peer|broken pipe|end of tcp stream)", re.I | re.S)
+
+
+def _tls_hint(text: str) -> str | None:
+    """What TLS has to do with a connection that was not made; None where nothing points to it."""
+    for mark, hint in _TLS_HINTS:
+        if mark.lower() in text.lower():
+            return hint
+    if _CUT_OFF.search(text):
+        return (
+            "it hung up at once. If it wants TLS, give ca or tls=True (--ca, --tls); if it wants a certificate of "
+            "yours, cert and key (--cert, --key)"
+        )
+    return None
 
 
 def _details(error: grpc.RpcError) -> list[AnyMessage]:

@@ -191,3 +191,16 @@ async def _abort(context: Any, error: ServiceError, call: Call) -> NoReturn:
     trailers = (*(status.trailing_metadata or ()), *error.trailers(), *_trailers(call))
     await context.abort(status.code, status.details, trailers)
     raise AssertionError("abort does not return")
+
+
+async def refuse(context: Any, path: str, error: ServiceError, observers: Sequence[Observer]) -> NoReturn:
+    """End a call that its handler never sees, and tell the observers as if it had.
+
+    `path` is /service/method; a method that does not exist has no name, for a stranger could make up any number.
+    """
+    name = path.rpartition("/")[2]
+    method = name if name in pb.DESCRIPTOR.services_by_name["EmbeddingService"].methods_by_name else ""
+    call = Call(method=method, request_id=_request_id(context), seconds=context.time_remaining())
+    for observe in observers:
+        observe(call, error.status)
+    await _abort(context, error, call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from matvae_server import security
 from matvae_server.config import ServerConfig, bracketed
 from matvae_server.galleries import GalleryError
 from matvae_server.models import Model, ModelError, Models, discard
@@ -13,22 +14,24 @@ from matvae_server.server import StartupError, open_galleries
 async def check(config: ServerConfig) -> str:
     """Load and warm up all that `config` names; what would be served, line by line. Raises StartupError."""
     try:
+        security.credentials(config.security)
+        security.interceptors(config.security)
         models = await Models(config).prepare()
         try:
             galleries = await asyncio.to_thread(open_galleries, config, models)
         finally:
             await discard(models)
         summaries = [gallery.summary() for gallery in galleries]
-    except (ModelError, GalleryError) as error:
+    except (ModelError, GalleryError, security.SecurityError) as error:
         raise StartupError(str(error)) from None
-    security = config.security
+    secured = config.security
     lines = [line for model in models.values() for line in _describe(config, model)]
     lines += [f"gallery {gallery.name}: {gallery.count:,} codes, version {gallery.version}" for gallery in summaries]
     lines += [
         f"limits: {config.limits.max_images_per_request} images or {config.limits.max_message_bytes:,} bytes a request",
-        f"TLS {'on' if security.tls_cert else 'off'}, client certificates "
-        f"{'needed' if security.tls_client_ca else 'not needed'}, tokens "
-        f"{'needed' if security.token_file else 'not needed'}",
+        f"TLS {'on' if secured.tls_cert else 'off'}, client certificates "
+        f"{'needed' if secured.tls_client_ca else 'not needed'}, tokens "
+        f"{'needed' if secured.token_file else 'not needed'}",
         f"would listen on {bracketed(config.host)}:{config.port} with {config.workers} "
         f"worker{'' if config.workers == 1 else 's'}",
     ]

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from matvae_server import security
 from matvae_server.calls import GrpcAdapter
 from matvae_server.config import ServerConfig, bracketed, cores
 from matvae_server.decoding import DecodePool
@@ -34,14 +35,20 @@ class StartupError(RuntimeError):
 async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]) -> None:
     """Serve until SIGTERM or SIGINT; `ready` is told the address, and a line for each model, once calls are answered.
 
-    SIGHUP loads the bundles and galleries anew. Raises StartupError where the port, a bundle, a gallery or the runtime
-    is not to be had.
+    SIGHUP loads the bundles and galleries anew. Raises StartupError where a port, a bundle, a gallery, the runtime or a
+    file of the security is not to be had.
     """
-    server = grpc.aio.server(options=_options(config))
-    address = _bind(server, config)
+    try:
+        server = grpc.aio.server(options=_options(config), interceptors=security.interceptors(config.security))
+        address = _listen(server, config, config.port, "--port", security.credentials(config.security))
+    except security.SecurityError as error:
+        raise StartupError(str(error)) from None
     decoders = DecodePool(cores())
     models = Models(config)
-    with contextlib.closing(decoders):
+    health_servicer = health.aio.HealthServicer()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(decoders.close)
+        health_address = await stack.enter_async_context(serve_health(config, health_servicer))
         try:
             fresh = await models.prepare()
             galleries = open_galleries(config, fresh)
@@ -51,15 +58,14 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
         core = EmbeddingCore(models, limits=config.limits, decoders=decoders, galleries=galleries)
         adapter = GrpcAdapter(core)
         add_to_server(adapter, server)
-        health_servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         stopped = stop_signal()
-        for name in ("", SERVICE_NAME):
-            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await say_serving(health_servicer)
         await server.start()
         with _reloading(config, models, core):
-            ready(address, [model.line for model in models.live()])
+            lines = [f"matvae-serve health on {health_address}"] if health_address else []
+            ready(address, [*lines, *(model.line for model in models.live())])
             await stopped.wait()
         log.info("draining")
         adapter.refuse()
@@ -129,18 +135,52 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
     return options
 
 
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
-    address = f"{bracketed(config.host)}:{config.port}"
+async def say_serving(servicer: health.aio.HealthServicer) -> None:
+    """The server as a whole, and its service, answer calls now."""
+    for name in ("", SERVICE_NAME):
+        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+
+@contextlib.asynccontextmanager
+async def serve_health(config: ServerConfig, servicer: health.aio.HealthServicer) -> AsyncIterator[str | None]:
+    """While it lasts, `servicer` answers on the plaintext port for probes: its address, None where there is none.
+
+    It is not serving until told that it is. Raises StartupError where the port is not to be had.
+    """
+    for name in ("", SERVICE_NAME):
+        await servicer.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    if config.health_port is None:
+        yield None
+        return
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    address = _listen(server, config, config.health_port, "--health-port")
+    await server.start()
     try:
-        port = server.add_insecure_port(address)
+        yield address
+    finally:
+        await server.stop(FLUSH_SECONDS)
+
+
+def _listen(
+    server: grpc.aio.Server,
+    config: ServerConfig,
+    port: int,
+    flag: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> str:
+    """Take the port, in plaintext without credentials; the address. Raises StartupError that names the flag."""
+    address = f"{bracketed(config.host)}:{port}"
+    try:
+        taken = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
-        port = 0
-    if not port:
+        taken = 0
+    if not taken:
         raise StartupError(
             f"cannot listen on {address}: is the port in use, or the host not of this machine? "
-            "Choose another with --port (0: a free one) or --host"
+            f"Choose another with {flag} (0: a free one) or --host"
         )
-    return f"{bracketed(config.host)}:{port}"
+    return f"{bracketed(config.host)}:{taken}"
 
 
 def stop_signal() -> asyncio.Event:
