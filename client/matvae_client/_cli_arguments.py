@@ -27,6 +27,13 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
+def address(text: str) -> str:
+    """Where a server is: anything but nothing."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give HOST:PORT, here or in MATVAE_SERVER, or unset that")
+    return text
+
+
 def size(text: str) -> int:
     """A number of bytes: 64MB, 8MiB, 4096."""
     try:
