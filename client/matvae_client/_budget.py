@@ -10,6 +10,7 @@ fewer bytes, and never less quality.
 from __future__ import annotations
 
 import dataclasses
+import fractions
 import math
 import numbers
 import re
@@ -212,13 +213,16 @@ class Budget:
 def parse_size(text: str) -> int:
     """Bytes: `64MB`, `8 MiB`, `32kB`, `1.5GB`, `4096`; kB and MB are decimal, KiB and MiB binary, case is no matter.
 
-    Raises InvalidRequestError.
+    A fraction of a byte is dropped, as it buys nothing. Raises InvalidRequestError.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     unit = _UNITS.get(match[2] or "b") if match else None
     if match is None or unit is None:
         raise InvalidRequestError.of("size", f"{text!r} is no size: write 64MB, 8MiB, 32kB or a number of bytes")
-    return round(float(match[1]) * unit)
+    size = fractions.Fraction(match[1]) * unit
+    if 0 < size < 1:
+        raise InvalidRequestError.of("size", f"{text!r} is less than a byte, and the smallest code takes one")
+    return math.floor(size)
 
 
 def _size(metric: Metric) -> int:

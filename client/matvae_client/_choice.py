@@ -30,7 +30,8 @@ class Choice:
 
     `recall` is recall@k against comparing every vector at full length, which takes `flat_seconds` a query and the
     schedule `seconds`. `pays` is False where no schedule that reaches the target is faster: the fastest took `seconds`,
-    None where none reaches it.
+    None where none reaches it. `within` is the limit of bytes a vector where the full codes exceed it: then the fastest
+    schedule is taken even if it does not pay.
     """
 
     target: float
@@ -40,20 +41,23 @@ class Choice:
     seconds: float | None
     flat_seconds: float
     pays: bool
+    within: int | None = None
 
     def __str__(self) -> str:
         if self.seconds is None:
             return f"no schedule pays: none reaches recall@{self.k} of {self.target:g} with a shorter list"
-        funnel, flat = (
-            f"{1000 * self.seconds:.2f} ms",
-            f"comparing every vector takes {1000 * self.flat_seconds:.2f} ms",
+        funnel, flat = f"{1000 * self.seconds:.2f} ms", f"{1000 * self.flat_seconds:.2f} ms"
+        if not self.pays and self.within is None:
+            return (
+                f"no schedule pays: comparing every vector takes {flat}, the fastest with recall@{self.k} of "
+                f"{self.target:g} {funnel} a query"
+            )
+        limit = "" if self.within is None else f" within {self.within} bytes a vector"
+        chosen = (
+            f"chosen for recall@{self.k} of {self.target:g}{limit}: {self.recall:.4f} on {self.queries} vectors of the "
+            f"gallery, {funnel} a query; comparing every vector"
         )
-        if not self.pays:
-            return f"no schedule pays: {flat}, the fastest with recall@{self.k} of {self.target:g} {funnel} a query"
-        return (
-            f"chosen for recall@{self.k} of {self.target:g}: {self.recall:.4f} on {self.queries} vectors of the "
-            f"gallery, {funnel} a query; {flat}"
-        )
+        return f"{chosen} takes {flat}" if self.pays else f"{chosen} in memory would be faster, {flat}"
 
 
 def choose(
@@ -95,17 +99,19 @@ def choose(
             f"{recall:g} was not reached within {bytes_per_vector} bytes a vector, at most {reached:.4f}: "
             "allow more bytes, or a lower recall",
         )
-    pays = best is not None and (not fits or best[1] < flat_seconds)
+    pays = best is not None and best[1] < flat_seconds
+    taken = best if pays or not fits else None  # what does not fit cannot be compared, however fast that were
     choice = Choice(
         target=recall,
         k=k,
-        recall=best[2] if best and pays else 1.0,
+        recall=taken[2] if taken else 1.0,
         queries=len(places),
         seconds=best[1] if best else None,
         flat_seconds=flat_seconds,
         pays=pays,
+        within=None if fits else bytes_per_vector,
     )
-    return (best[0] if best and pays else Schedule.flat(codes, k)), choice
+    return (taken[0] if taken else Schedule.flat(codes, k)), choice
 
 
 def seconds_per_query(search: Callable[[Codes], object], queries: Codes) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from matvae import __version__
 from matvae.v1 import codec
 from matvae_client import _cli_files as files
+from matvae_client import _cli_folder as folder
 from matvae_client import _cli_gallery as gallery
 from matvae_client import _cli_output as output
 from matvae_client import _cli_plan as plan
@@ -21,7 +22,7 @@ from matvae_client import _sheet as sheet
 from matvae_client._card import HEAD_KINDS
 from matvae_client._cli_arguments import add_server_arguments, connect, positive
 from matvae_client._codes import Codes
-from matvae_client._errors import MatvaeError
+from matvae_client._errors import InvalidRequestError, MatvaeError
 from matvae_client._index import PrefixIndex
 
 _EXAMPLES = """\
@@ -30,13 +31,14 @@ examples:
   matvae plan --vectors 1e6 --memory 64MB              which prefix and precision that buys
   matvae embed photos --out photos.codes --dimensions 32 --precision int8
   matvae search photos.codes query.png -k 5            the nearest photos; the codes stay on this machine
-  matvae pull photos --out photos --memory 8MB         codes that the server computed, at the size that fits
+  matvae pull photos --memory 8MB                      codes that the server computed, at the size that fits
   matvae classify query.png --dimensions 32 --kind mlp
 
 A server must be running: matvae-serve, on this machine or another (--server HOST:PORT, or MATVAE_SERVER).
 Each command has its own --help.
 """
-_EMBED_EXAMPLES = """\
+_EMBED_EXAMPLES = (
+    """\
 examples:
   matvae embed photos --out photos.codes                       every image under photos, all dimensions, float32
   matvae embed a.png b.jpg --out two.codes --dimensions 32 --precision int8     32 bytes per image
@@ -44,9 +46,13 @@ examples:
 
   matvae embed photos --out photos-32 --dimensions 32          a folder of codes, to which a second run adds new files
 
-The ids of the codes are the paths of the files. A file that cannot be used is left out and reported at the end. A name
-with a suffix is a file, written at the end; one without is a folder, in which what is done stays done.
+The ids of the codes are the paths of the files. A file that cannot be used, or a folder that cannot be read, is left
+out and reported at the end; the exit status is 1 then. An --out with a suffix is a file, written at the end; one
+without is a folder, in which what is done stays done.
+
 """
+    + folder.HELP
+)
 _SEARCH_EXAMPLES = """\
 examples:
   matvae search photos.codes query.png                 the 10 nearest
@@ -54,13 +60,16 @@ examples:
   matvae search photos.codes query.png --html found.html           to look at
   matvae search photos --query-codes query.codes       with codes that you have: no server is needed
 
-Queries are embedded at the dimensions and the precision of the codes. Distances are squared Euclidean, for binary
-codes the number of bits that differ.
+Queries are embedded at the dimensions and the precision of the codes. Query codes that are longer are cut to the same,
+and float32 ones packed, so whole codes (matvae embed query.png --out query.codes) fit any. Distances are squared
+Euclidean, for binary codes the number of bits that differ.
 """
 _CLASSIFY_EXAMPLES = """\
 examples:
   matvae classify shoe.png                             the logistic head of all dimensions
   matvae classify photos --dimensions 32 --kind mlp    the MLP of the first 32; matvae info --json lists the heads
+
+A file that cannot be used is left out and reported at the end; the exit status is 1 then.
 """
 
 
@@ -99,11 +108,14 @@ def _embed(options: argparse.Namespace) -> int:
         raise NotADirectoryError(f"{options.out.parent} is not a folder")
     kind = {"dimensions": options.dimensions, "precision": options.precision}
     if options.out.is_dir() or not options.out.suffix:
-        directory = files.open_directory(options.out)
+        directory = files.open_directory(options.out, "--out")
         with connect(options) as client:
-            added, failed = files.embed_into(directory, client, files.list_files(options.paths), **kind)
-        output.print_directory(directory, added, failed, as_json=options.json)
-        return output.report(failed)
+            listing = files.list_files(options.paths)
+            done = folder.update(directory, client, options.paths, listing, **kind, prune=options.prune)
+        output.print_directory(directory, done, as_json=options.json)
+        return output.report(done.failed)
+    if options.prune:
+        raise InvalidRequestError.of("--prune", "a codes file is written anew each time: it is for folders of codes")
     files.check_file(options.out)
     with connect(options) as client:
         codes, failed = files.embed_files(client, options.paths, **kind)
@@ -117,9 +129,7 @@ def _search(options: argparse.Namespace) -> int:
     stored = Codes.load(options.codes)
     failed: list[tuple[str, str]] = []
     if options.query_codes is not None:
-        queries = Codes.load(options.query_codes)
-        if not queries.offset and not stored.offset and queries.dimensions > stored.dimensions:
-            queries = queries.truncate(stored.dimensions)
+        queries = files.fit_queries(Codes.load(options.query_codes), options.query_codes, stored, options.codes)
     else:
         with connect(options) as client:
             queries, failed = files.embed_files(
@@ -132,7 +142,13 @@ def _search(options: argparse.Namespace) -> int:
     names = queries.ids or tuple(str(place) for place in range(len(queries)))
     found = PrefixIndex(stored).search(queries, options.k)
     if options.html is not None:
-        options.html.write_text(sheet.render(names, found), encoding="utf-8", errors="backslashreplace")
+        page = sheet.render(names, found, options.images_root or Path())
+        options.html.write_text(page.html, encoding="utf-8", errors="backslashreplace")
+        if page.missing:
+            output.complain(
+                f"{options.html}: {page.missing} of {page.names} pictures were not found, looked for relative to "
+                f"{(options.images_root or Path()).absolute()}: --images-root DIR looks elsewhere"
+            )
     output.print_neighbours(names, found, as_json=options.json)
     return output.report(failed)
 
@@ -182,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     embed = command("embed", _embed, "compute the codes of images and save them", _EMBED_EXAMPLES)
     embed.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="an image, or a folder of images")
     embed.add_argument("--out", required=True, type=Path, metavar="FILE-or-DIR", help="the codes to write")
+    embed.add_argument("--prune", action="store_true", help="remove the codes of pictures that are gone; for a folder")
     _add_dimensions(embed)
     embed.add_argument("--precision", default="float32", choices=codec.PRECISIONS, help="default float32")
 
@@ -194,6 +211,12 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--query-codes", type=Path, metavar="CODES", help="codes to search for, instead of images")
     search.add_argument("-k", type=positive, default=10, metavar="K", help="neighbours per query; default 10")
     search.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows what was found, too")
+    search.add_argument(
+        "--images-root",
+        type=Path,
+        metavar="DIR",
+        help="what relative names on that page are relative to; default: here",
+    )
 
     galleries = commands.add_parser("gallery", help="make and list galleries: codes that a server keeps to be pulled")
     of_galleries = galleries.add_subparsers(required=True, metavar="COMMAND")

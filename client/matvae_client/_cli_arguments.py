@@ -32,6 +32,13 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
+def address(text: str) -> str:
+    """Where a server is: anything but nothing."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give HOST:PORT, here or in MATVAE_SERVER, or unset that")
+    return text
+
+
 def size(text: str) -> int:
     """A number of bytes: 64MB, 8MiB, 4096."""
     try:
@@ -43,7 +50,10 @@ def size(text: str) -> int:
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """Which server and model, and what to show it. The defaults of the latter are read by `connect`: one is secret."""
     server = os.environ.get("MATVAE_SERVER", "localhost:50051")
-    parser.add_argument("--server", default=server, metavar="HOST:PORT", help=f"default {server} (MATVAE_SERVER)")
+    shown = server.replace("%", "%%")
+    parser.add_argument(
+        "--server", type=address, default=server, metavar="HOST:PORT", help=f"default {shown} (MATVAE_SERVER)"
+    )
     parser.add_argument("--model", default="", metavar="NAME", help="default: the server's own default")
     access = parser.add_argument_group("servers with TLS or tokens")
     for flag, help_text in (

@@ -1,30 +1,49 @@
-"""From paths on a command line to codes: walk folders, embed what can be read, and say what cannot."""
+"""From paths on a command line to codes: walk folders, embed what can be read, and say what cannot be."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from matvae import store
 from matvae_client import _files
 from matvae_client._client import EmbeddingClient
-from matvae_client._codes import Codes, require_space
+from matvae_client._codes import Codes, describe, require_space
 from matvae_client._errors import FormatError, InvalidRequestError
-from matvae_client._progress import Progress
 from matvae_client._store import CodesDirectory, is_new
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
-_BATCH = 1024
-_LONG = 1024
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The images under the paths that were given; of what could not be looked at, (path, why)."""
+
+    files: list[str]
+    failed: list[tuple[str, str]]
 
 
-def list_files(paths: Iterable[Path]) -> list[str]:
-    """The files among `paths`, and the images under the folders. Raises InvalidRequestError for a folder of none."""
-    return [str(file) for path in paths for file in _walk(path)]
+def list_files(paths: Iterable[Path]) -> Listing:
+    """The files among `paths`, and the images under the folders, sorted; links to folders are not followed.
+
+    Raises InvalidRequestError for a folder of none.
+    """
+    listing = Listing(files=[], failed=[])
+    for path in paths:
+        if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where it may not look
+            listing.files.append(str(path))
+            continue
+        found, failed = _walk(path)
+        if not found:
+            unread = "".join(f"; {name}: {why}" for name, why in failed[:1])
+            raise InvalidRequestError(f"no images under {path}: looked for {', '.join(SUFFIXES)}{unread}")
+        listing.files.extend(map(str, found))
+        listing.failed.extend(failed)
+    return listing
 
 
 def check_file(path: Path) -> None:
@@ -32,12 +51,17 @@ def check_file(path: Path) -> None:
     _check_folder(_files.target_of(path).parent)
 
 
-def open_directory(path: Path) -> CodesDirectory:
-    """The codes directory at `path`, to be written. Raises OSError or FormatError where none is, nor can be made."""
+def open_directory(path: Path, flag: str) -> CodesDirectory:
+    """The codes directory at `path`, which `flag` gave, to be written.
+
+    Raises OSError or FormatError where none is, nor can be made.
+    """
     if os.path.lexists(path) and not path.is_dir():
-        raise NotADirectoryError(f"{path} is no folder, and becomes none: give the name of a new one")
+        raise NotADirectoryError(f"{path} is no folder, and becomes none: name a new one ({flag})")
     if path.is_dir() and not is_new(path) and not (path / store.MANIFEST).exists():
-        raise FormatError(f"{path} holds other things than codes (it has no {store.MANIFEST}): give a new folder")
+        raise FormatError(
+            f"{path} holds other things than codes (it has no {store.MANIFEST}): name a new folder ({flag})"
+        )
     directory = CodesDirectory(path)
     _check_folder(next(folder for folder in (path, *path.parents) if os.path.lexists(folder)))
     return directory
@@ -60,74 +84,52 @@ def embed_files(
     offset: int = 0,
 ) -> tuple[Codes, list[tuple[str, str]]]:
     """The codes of the usable files under `paths`, their ids the paths; and (path, why) of the others."""
-    files = list_files(paths)
-    codes = client.embed(files, dimensions=dimensions, precision=precision, offset=offset, on_error="skip")
-    return _named(codes, files)
+    listing = list_files(paths)
+    codes = client.embed(listing.files, dimensions=dimensions, precision=precision, offset=offset, on_error="skip")
+    codes, failed = name(codes, listing.files)
+    return codes, listing.failed + failed
 
 
-def embed_into(
-    directory: CodesDirectory,
-    client: EmbeddingClient,
-    files: Iterable[str],
-    *,
-    dimensions: int | None,
-    precision: str,
-) -> tuple[int, list[tuple[str, str]]]:
-    """Add the codes of the usable ones of `files` that are not in `directory` yet; how many, and (path, why).
-
-    Kept as it goes, so that whoever is stopped goes on from there: after every 1,024 images, of a large directory after
-    an eighth of what it holds, for then the shards stay few.
-    """
-    card = client.model()
-    wanted, like = (dimensions or card.dimensions, 0, precision), directory.like
-    if like is not None:
-        require_space(like, card.fingerprint, "the server's model")
-        if (like.dimensions, like.offset, like.precision) != wanted:
-            raise InvalidRequestError.of(
-                "out", f"{directory.path} holds {like!r}, asked for {wanted[0]}-d {precision}: choose another directory"
-            )
-    held = set(directory.ids())
-    new = [name for name in dict.fromkeys(files) if name not in held]
-    added, done = 0, 0
-    failed: list[tuple[str, str]] = []
-    with Progress(None, len(new), long=_LONG) as bar:
-        while done < len(new):
-            batch = new[done : done + max(_BATCH, (len(held) + added) // 8)]
-            codes = client.embed(
-                batch, dimensions=dimensions, precision=precision, on_error="skip", progress=_advance(bar)
-            )
-            codes, problems = _named(codes, batch)
-            directory.append(codes)
-            failed += problems
-            added += len(codes)
-            done += len(batch)
-    return added, failed
+def fit_queries(queries: Codes, path: Path, stored: Codes, stored_path: Path) -> Codes:
+    """The query codes of `path`, cut and packed to what is stored. Raises what says how to get codes that fit."""
+    require_space(queries, stored.fingerprint, str(stored_path))
+    if queries.offset or stored.offset:
+        return queries  # searching says what is wrong, if anything is
+    long_enough = queries.dimensions >= stored.dimensions
+    comparable = queries.precision == stored.precision or "binary" not in (queries.precision, stored.precision)
+    if not long_enough or not (comparable or queries.precision == "float32"):
+        raise InvalidRequestError(
+            f"{path} holds {describe(queries)} codes, which cannot be compared with the {describe(stored)} of "
+            f"{stored_path}: embed the query with --dimensions {stored.dimensions} --precision {stored.precision}, "
+            "or whole, which fits all"
+        )
+    queries = queries.truncate(stored.dimensions)
+    return queries.astype(stored.precision) if queries.precision == "float32" else queries
 
 
-def _named(codes: Codes, files: list[str]) -> tuple[Codes, list[tuple[str, str]]]:
+def name(codes: Codes, files: list[str]) -> tuple[Codes, list[tuple[str, str]]]:
+    """The codes of `files` under their paths, and (path, why) of those that have none."""
     failed = {error.index: error.message for error in codes.errors}
     ids = tuple(file for index, file in enumerate(files) if index not in failed)
     return dataclasses.replace(codes, ids=ids), [(files[index], message) for index, message in failed.items()]
 
 
-def _advance(bar: Progress) -> Callable[[int, int | None], None]:
-    """Tells a bar of several calls how far one call is."""
-    before = 0
+def _walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Every image under a folder, sorted, and what could not be looked at."""
+    found: list[Path] = []
+    failed: list[tuple[str, str]] = []
 
-    def advance(done: int, _total: int | None) -> None:
-        nonlocal before
-        bar.advance(done - before)
-        before = done
+    def unread(error: OSError) -> None:
+        failed.append((str(error.filename), f"cannot read the folder: {error.strerror}"))
 
-    return advance
-
-
-def _walk(path: Path) -> Iterator[Path]:
-    """A file as it is; of a folder, every image under it, sorted."""
-    if not path.is_dir():
-        yield path
-        return
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not files:
-        raise InvalidRequestError(f"no images under {path}: looked for {', '.join(SUFFIXES)}")
-    yield from files
+    for parent, _, names in os.walk(folder, onerror=unread):
+        for file in (Path(parent, name) for name in names):
+            if file.suffix.lower() not in SUFFIXES:
+                continue
+            try:
+                if stat.S_ISREG(file.stat().st_mode):
+                    found.append(file)
+            except OSError as error:
+                lost = file.is_symlink()
+                failed.append((str(file), "a link to what is not there" if lost else f"cannot read: {error.strerror}"))
+    return sorted(found), sorted(failed)

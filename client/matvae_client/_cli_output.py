@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from matvae.v1 import codec
+from matvae_client._budget import Plan
 from matvae_client._card import Metric, ModelCard
+from matvae_client._cli_folder import Done
 from matvae_client._codes import Codes
 from matvae_client._index import Neighbours
 from matvae_client._store import CodesDirectory
+
+Failed: TypeAlias = Sequence[tuple[str, str]]
+"""(path, why) of each file that could not be used."""
 
 
 def accept_any_text() -> None:
@@ -54,51 +60,66 @@ def print_card(card: ModelCard) -> None:
         print("quality:     not measured")
 
 
-def print_codes(codes: Codes, out: Path, failed: Sequence[tuple[str, str]], *, as_json: bool) -> None:
+def print_codes(codes: Codes, out: Path, failed: Failed, *, as_json: bool) -> None:
     """What `embed` wrote."""
-    if not as_json:
-        print(f"{out}: {len(codes)} codes of {codes.bytes_per_vector} bytes ({codes.width}-d {codes.precision})")
-        return
-    print_json(
-        {
-            "out": str(out),
-            "count": len(codes),
-            "dimensions": codes.dimensions,
-            "precision": codes.precision,
-            "bytes_per_vector": codes.bytes_per_vector,
-            "fingerprint": codes.fingerprint,
-            "errors": [{"path": path, "message": message} for path, message in failed],
-        }
-    )
+    if as_json:
+        print_json(_summary(codes, out, len(codes)) | {"errors": _errors(failed)})
+    else:
+        print(_line(codes, out, len(codes)))
 
 
-def print_directory(directory: CodesDirectory, added: int, failed: Sequence[tuple[str, str]], *, as_json: bool) -> None:
-    """What a codes directory holds now."""
+def print_directory(directory: CodesDirectory, done: Done, *, as_json: bool) -> None:
+    """What a codes directory holds now, and what has changed in it."""
     like = directory.like
+    if done.gone:
+        complain(f"{done.gone} codes in {directory.path} have no picture any more: --prune removes them")
     if like is None:
         return
-    if not as_json:
-        kind = f"{like.width}-d {like.precision}"
-        print(
-            f"{directory.path}: {len(directory)} codes of {like.bytes_per_vector} bytes ({kind}), {added} of them new"
-        )
+    summary = _summary(like, directory.path, len(directory)) | {"version": directory.version}
+    if as_json:
+        print_json(summary | _counts(done) | {"gone": done.gone, "errors": _errors(done.failed)})
         return
-    print_json(
-        {
-            "out": str(directory.path),
-            "count": len(directory),
-            "added": added,
-            "version": directory.version,
-            "dimensions": like.dimensions,
-            "precision": like.precision,
-            "bytes_per_vector": like.bytes_per_vector,
-            "fingerprint": like.fingerprint,
-            "errors": [{"path": path, "message": message} for path, message in failed],
-        }
-    )
+    changed = f", {done.changed} embedded again" if done.changed else ""
+    removed = f", {done.removed} removed" if done.removed else ""
+    print(f"{_line(like, directory.path, len(directory))}, {done.added} of them new{changed}{removed}")
 
 
-def report(failed: Sequence[tuple[str, str]]) -> int:
+def print_pull(codes: Codes, out: Path, plan: Plan | None, done: Done | None, *, as_json: bool) -> None:
+    """What `pull` made: the plan behind it, where there was a budget, and what has changed, where there was a copy."""
+    if as_json:
+        summary = _summary(codes, out, len(codes)) | _counts(done or Done(added=len(codes)))
+        print_json(summary | {"plan": dataclasses.asdict(plan) if plan else None, "errors": []})
+        return
+    if plan:
+        print("\n".join(str(plan).splitlines()[:2]))  # without the runners-up
+    counts = ", ".join(f"{number} {what}" for what, number in _counts(done).items()) if done else ""
+    print(_line(codes, out, len(codes)) + (f": {counts}" if done else ""))
+
+
+def _line(like: Codes, out: Path, count: int) -> str:
+    return f"{out}: {count} codes of {like.bytes_per_vector} bytes ({like.width}-d {like.precision})"
+
+
+def _summary(like: Codes, out: Path, count: int) -> dict[str, object]:
+    return {
+        "out": str(out),
+        "count": count,
+        "dimensions": like.dimensions,
+        "precision": like.precision,
+        "bytes_per_vector": like.bytes_per_vector,
+        "fingerprint": like.fingerprint,
+    }
+
+
+def _counts(done: Done) -> dict[str, int]:
+    return {"added": done.added, "changed": done.changed, "removed": done.removed}
+
+
+def _errors(failed: Failed) -> list[dict[str, str]]:
+    return [{"path": path, "message": message} for path, message in failed]
+
+
+def report(failed: Failed) -> int:
     """Complain of each file that could not be used; the exit status."""
     for path, message in failed:
         complain(f"{path}: {message}")

@@ -8,6 +8,7 @@ import dataclasses
 from matvae_client import _cli_output as output
 from matvae_client._budget import METRICS, Budget
 from matvae_client._cli_arguments import connect, number, size
+from matvae_client._errors import InvalidRequestError
 
 HELP = "choose the prefix and precision that a budget buys"
 EXAMPLES = """\
@@ -22,13 +23,7 @@ kB and MB are decimal, KiB and MiB binary. Bytes are those of the codes; an inde
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan; the exit status. Raises MatvaeError, BudgetError where nothing fits."""
-    budget = Budget(
-        bytes_per_vector=options.bytes_per_vector,
-        total_bytes=options.memory,
-        vectors=options.vectors,
-        min_accuracy=options.min_accuracy,
-        metric=options.metric,
-    )
+    budget = _budget(options)
     with connect(options) as client:
         plan = budget.plan(client.model())
     if options.json:
@@ -36,6 +31,30 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(plan)
     return 0
+
+
+def _budget(options: argparse.Namespace) -> Budget:
+    """The budget of the options. Raises InvalidRequestError that speaks of them, not of the fields behind them."""
+    if options.memory is not None and options.vectors is None:
+        raise InvalidRequestError.of(
+            "--memory", "how many vectors share it? Say so with --vectors, as in --vectors 1e6"
+        )
+    if (options.memory, options.bytes_per_vector, options.min_accuracy) == (None, None, None):
+        raise InvalidRequestError.of(
+            "plan", "nothing is limited: give --vectors with --memory, --bytes-per-vector or --min-accuracy"
+        )
+    try:
+        return Budget(
+            bytes_per_vector=options.bytes_per_vector,
+            total_bytes=options.memory,
+            vectors=options.vectors,
+            min_accuracy=options.min_accuracy,
+            metric=options.metric,
+        )
+    except InvalidRequestError as error:
+        ((field, description),) = error.fields
+        flag = "--memory" if field == "total_bytes" else f"--{field.replace('_', '-')}"
+        raise InvalidRequestError.of(flag, description) from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -204,7 +204,7 @@ class EmbeddingClient:
                 bar.advance(len(positions))
 
             try:
-                for chunk in _images.chunks(single, card.input.shape, card.limits, template):
+                for chunk in _images.chunks(reply.noting_paths(single), card.input.shape, card.limits, template):
                     if isinstance(chunk, ItemError):
                         reply.errors.append(chunk)
                         bar.advance(1)

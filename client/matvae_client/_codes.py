@@ -10,10 +10,10 @@ from typing import Any, Self, SupportsIndex, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from matvae import store
 from matvae.v1 import codec
 from matvae_client import _files
 from matvae_client._errors import FingerprintMismatchError, FormatError, InvalidRequestError, ItemError
+from matvae_client._names import name_tensors, names_of
 
 FORMAT = "matvae-codes"
 
@@ -106,6 +106,7 @@ class Codes:
 
     @property
     def _kind(self) -> str:
+        """In words: which coordinates, at which precision."""
         return (
             f"{self.offset}:{self.dimensions} {self.precision}" if self.offset else f"{self.width}-d {self.precision}"
         )
@@ -127,6 +128,28 @@ class Codes:
             dimensions=dimensions,
             quantiser=self.quantiser.slice(0, dimensions),
         )
+
+    def astype(self, precision: str) -> Self:
+        """These codes at a lower precision, bit-equal to asking the server for it. Ids and errors stay.
+
+        Only float32 codes can be packed anew: what a lower precision has rounded away stays away. With `truncate`, one
+        float32 code of a query fits any index of its model: `query.truncate(32).astype("binary")`. Raises
+        InvalidRequestError.
+        """
+        if precision not in codec.PRECISIONS:
+            raise InvalidRequestError.of("precision", f"{precision!r} is none of {', '.join(codec.PRECISIONS)}")
+        if precision == self.precision:
+            return self
+        if self.precision != "float32":
+            raise InvalidRequestError.of(
+                "precision", f"{self.precision} codes cannot become {precision}, only float32 ones can: embed again"
+            )
+        if precision == "binary" and self.offset % 8:
+            raise InvalidRequestError.of(
+                "offset", f"{self.offset} is not a multiple of 8, which binary codes need: embed again"
+            )
+        rows = codec.pack(np.asarray(self), precision, self.quantiser)
+        return dataclasses.replace(self, rows=rows, precision=precision)
 
     def extend(self, tail: Self) -> Self:
         """These codes with the coordinates of `tail` after their own: bit-equal to asking for both at once.
@@ -207,10 +230,16 @@ def require(codes: Codes, *, like: Codes, what: str, any_precision: bool = False
         raise InvalidRequestError.of("dimensions", f"codes are {codes._kind}, {what} {like._kind}: {todo}")
     mixed = "binary" in (codes.precision, like.precision)
     if codes.precision != like.precision and (mixed or not any_precision):
+        packed = f"use codes.astype({like.precision!r}), or " if codes.precision == "float32" else ""
         raise InvalidRequestError.of(
             "precision",
-            f"codes are {codes.precision}, {what} {like.precision}: embed with precision={like.precision!r}",
+            f"codes are {codes.precision}, {what} {like.precision}: {packed}embed with precision={like.precision!r}",
         )
+
+
+def describe(codes: Codes) -> str:
+    """Which coordinates at which precision, for people: `32-d int8`."""
+    return codes._kind
 
 
 def require_space(codes: Codes, fingerprint: str, what: str) -> None:
@@ -232,14 +261,6 @@ def to_tensors(codes: Codes) -> tuple[_files.Tensors, dict[str, str]]:
     if codes.ids is not None:
         tensors |= name_tensors(codes.ids)
     return tensors, to_metadata(codes)
-
-
-def encode_ids(ids: Iterable[str]) -> list[bytes]:
-    """Each id as it rests: UTF-8, or the bytes of a file's name. Raises InvalidRequestError for what is neither."""
-    try:
-        return [name.encode(errors=store.ID_ERRORS) for name in ids]
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError.of("ids", f"{error.object!r} is no text: it holds half of a character") from None
 
 
 def to_metadata(codes: Codes) -> dict[str, str]:
@@ -274,24 +295,3 @@ def _float32(tensor: npt.NDArray[Any]) -> codec.Float32:
     if tensor.dtype != np.float32:
         raise ValueError(f"a tensor is {tensor.dtype}, not float32")
     return tensor
-
-
-def name_tensors(names: Iterable[str]) -> _files.Tensors:
-    """String ids as tensors: `ids`, one UTF-8 blob, and `id_sizes`, the bytes of each."""
-    encoded = encode_ids(names)
-    return {
-        "ids": np.frombuffer(b"".join(encoded), np.uint8),
-        "id_sizes": np.array([len(name) for name in encoded], np.uint32),
-    }
-
-
-def names_of(blob: npt.NDArray[Any], sizes: npt.NDArray[Any]) -> tuple[str, ...]:
-    """The string ids of such tensors. Raises ValueError where they contradict each other."""
-    ends = np.cumsum(sizes, dtype=np.int64)
-    if blob.dtype != np.uint8 or sizes.dtype != np.uint32 or (ends[-1] if len(ends) else 0) != len(blob):
-        raise ValueError("the sizes of its ids do not add up")
-    text = blob.tobytes()
-    return tuple(
-        text[end - int(size) : end].decode(errors=store.ID_ERRORS)
-        for end, size in zip(ends.tolist(), sizes, strict=True)
-    )

@@ -34,14 +34,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ItemError:
-    """Why one image has no row: `index` is its position among the caller's images."""
+    """Why one image has no row: `index` is its position among the caller's images, `path` its path if it had one."""
 
     index: int
     code: grpc.StatusCode
     message: str
+    path: str = ""
 
     def __str__(self) -> str:
-        return f"images[{self.index}]: {self.message}"
+        return f"images[{self.index}]{f' ({self.path})' if self.path else ''}: {self.message}"
 
 
 class MatvaeError(Exception):

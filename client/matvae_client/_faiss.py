@@ -43,7 +43,9 @@ def new(kind: str, codes: Codes) -> Any:
             _learn(index, codes)
     except RuntimeError as error:
         raise InvalidRequestError.of(
-            "kind", f"{kind!r} is not flat, hnsw or ivfpq, and FAISS cannot make it for {codes!r}: {_reason(error)}"
+            "kind",
+            f"{kind!r} is not flat, hnsw or ivfpq, and FAISS cannot make it for {codes!r}: {_reason(error)}"
+            f"{_hint(kind, codes)}",
         ) from None
     _without_tables(index)
     if kind in _EFFORT:
@@ -257,6 +259,15 @@ def _is_plain(index: Any, bytes_per_vector: int) -> bool:
 
 def _written(index: Any) -> int:
     return len(to_bytes(index))
+
+
+def _hint(kind: str, codes: Codes) -> str:
+    """What was meant, where that can be told."""
+    if kind.lower() in ("flat", "hnsw", "ivfpq"):
+        return f"; say {kind.lower()!r}"
+    if codes.precision != "binary" or kind.startswith("B"):
+        return ""
+    return "; say 'hnsw'" if kind.lower().startswith("hnsw") else "; for binary codes its strings start with B"
 
 
 def _reason(error: RuntimeError) -> str:

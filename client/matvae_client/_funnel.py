@@ -64,7 +64,8 @@ class FunnelIndex:
         Recall is against comparing every vector at full length, and measured on the gallery itself: 300 of its vectors
         ask for their own neighbours, themselves left out. A schedule is taken where the recall less two standard errors
         reaches the target; queries unlike the gallery may find less. `choice` and `str()` say what was measured. Where
-        no schedule is faster than comparing every vector, they say so and the index does that: `choice.pays` is False.
+        no schedule is faster than comparing every vector, they say so, `choice.pays` is False, and the index compares
+        every vector; but where the full codes exceed `bytes_per_vector`, it stays within them, and is slower for it.
 
         Takes the memory of a flat index meanwhile, for 1,000,000 codes half a minute. Raises InvalidRequestError where
         no schedule reaches the recall within the bytes.

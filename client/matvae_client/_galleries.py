@@ -18,14 +18,13 @@ from matvae import store
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_client._card import ModelCard
-from matvae_client._codes import Codes, require_space
+from matvae_client._codes import Codes, describe, require_space
 from matvae_client._errors import DeadlineError, InvalidRequestError, ServerError, UnavailableError
 from matvae_client._progress import Progress, ProgressOption
-from matvae_client._store import CodesDirectory, extend, overwrite
+from matvae_client._store import STAGING, CodesDirectory, extend, overwrite
 
 Stream: TypeAlias = Callable[[pb.PullGalleryRequest], Iterator[pb.PullGalleryResponse]]
 
-_STAGING = ".pull"
 _COMMIT_BYTES = 16 * 2**20
 """How much of a pull into a directory is in memory before it is on disk."""
 _LONG = 100_000
@@ -145,7 +144,9 @@ class _Pull:
         require_space(self._empty, target.like.fingerprint, str(target.path))
         if _kind(target.like) != _kind(self._empty):
             raise InvalidRequestError.of(
-                "into", f"{target.path} holds {target.like!r}, not {self._empty!r}: pull into another folder"
+                "into",
+                f"{target.path} holds {len(target)} codes of {describe(target.like)}, not of {describe(self._empty)}: "
+                "pull into another folder",
             )
         if target.source.get("gallery") != self._request.gallery:
             raise InvalidRequestError.of(
@@ -159,7 +160,7 @@ class _Pull:
         """Where rows are kept until the pull is complete, with those of a pull that was broken off if it was this."""
         if self._target is None:
             return None
-        staging = CodesDirectory(self._target.path / _STAGING)
+        staging = CodesDirectory(self._target.path / STAGING)
         if staging.like is not None:
             source, this = dict(staging.source), {"gallery": self._request.gallery, "since": self._since}
             version = source.pop("version")

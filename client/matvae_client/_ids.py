@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from matvae_client import _files
-from matvae_client._codes import Codes, name_tensors, names_of
+from matvae_client._codes import Codes
 from matvae_client._errors import InvalidRequestError
+from matvae_client._names import name_tensors, names_of
 
 Given: TypeAlias = Sequence[int] | Sequence[str] | npt.NDArray[Any]
 

@@ -93,7 +93,7 @@ def read(image: ImageLike, position: int, shape: Shape, limits: Limits) -> Image
             missing = isinstance(error, FileNotFoundError)
             code = grpc.StatusCode.NOT_FOUND if missing else grpc.StatusCode.INVALID_ARGUMENT
             why = getattr(error, "strerror", None) or error
-            return ItemError(position, code, f"cannot read {os.fspath(image)}: {why}")
+            return ItemError(position, code, f"cannot read the file: {why}")
     elif isinstance(image, bytes | bytearray | memoryview):
         result = Image(bytes(image), encoded=True)
     elif _is_pil(image):

@@ -121,8 +121,8 @@ class PrefixIndex:
         """The `k` nearest of each query; all of them, in order, where the index holds fewer than k.
 
         Queries are of the index's space and slice; a binary index takes binary queries, any other takes the rest, at
-        any precision. Raises FingerprintMismatchError or InvalidRequestError where they do not fit, or the index is
-        empty.
+        any precision. Whole float32 ones can be made to fit: `query.truncate(32).astype("binary")`. Raises
+        FingerprintMismatchError or InvalidRequestError where they do not fit, or the index is empty.
         """
         if self._like is None or not len(self):
             raise InvalidRequestError.of("index", "it is empty: add codes before searching")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+
 import grpc
 import numpy as np
 
@@ -10,6 +14,7 @@ from matvae.v1 import embedding_pb2 as pb
 from matvae_client._card import ModelCard
 from matvae_client._codes import Codes
 from matvae_client._errors import FingerprintMismatchError, InvalidRequestError, ItemError, ServerError
+from matvae_client._images import ImageLike
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -27,6 +32,14 @@ class Replies:
         self._row_bytes = codec.bytes_per_vector(dimensions - offset, precision)
         self._positions: list[int] = []
         self._rows: list[codec.Bytes] = []
+        self._paths: dict[int, str] = {}  # of what is under way or has failed
+
+    def noting_paths(self, images: Iterable[ImageLike]) -> Iterator[ImageLike]:
+        """The images as they are; the errors of those that are paths will name them."""
+        for position, image in enumerate(images):
+            if isinstance(image, str | os.PathLike):
+                self._paths[position] = os.fspath(image)
+            yield image
 
     def add(self, positions: list[int], reply: pb.EmbedResponse) -> None:
         """Take the reply to the images at `positions`. Raises ServerError where it is not one."""
@@ -48,7 +61,10 @@ class Replies:
             message = error.message.removeprefix(f"encoded.files[{error.index}]: ")
             code = _STATUS_CODES.get(error.code, grpc.StatusCode.UNKNOWN)
             self.errors.append(ItemError(positions[error.index], code, message))
-        self._positions += (place for index, place in enumerate(positions) if index not in failed)
+        done = [place for index, place in enumerate(positions) if index not in failed]
+        for place in done:
+            self._paths.pop(place, None)
+        self._positions += done
         self._rows.append(np.frombuffer(codes.data, np.uint8).reshape(-1, self._row_bytes))
 
     def codes(self) -> Codes:
@@ -67,7 +83,10 @@ class Replies:
                 precision=self._precision,
                 fingerprint=self._card.fingerprint,
                 quantiser=self._card.quantiser.slice(self._offset, self._dimensions),
-                errors=tuple(sorted(self.errors, key=lambda error: error.index)),
+                errors=tuple(
+                    dataclasses.replace(error, path=self._paths.get(error.index, ""))
+                    for error in sorted(self.errors, key=lambda error: error.index)
+                ),
             )
         except InvalidRequestError as error:
             raise ServerError(f"the codes that the server sent cannot be used: {error}") from None

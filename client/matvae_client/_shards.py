@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from matvae import store
 from matvae.v1 import codec
-from matvae_client._codes import FORMAT, Codes, encode_ids, to_metadata
+from matvae_client._codes import FORMAT, Codes, to_metadata
 from matvae_client._files import VERSION
+from matvae_client._names import encode_ids
 
 SHARD_NAME = re.compile(r"shard-\d{6,}-[0-9a-f]{16}\.codes")
 """Nobody else's file looks like this, so those that no manifest names may be deleted."""

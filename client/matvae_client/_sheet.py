@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import io
 from collections.abc import Sequence
@@ -32,17 +33,40 @@ figcaption {{ overflow-wrap: anywhere }}
 """
 
 
-def render(queries: Sequence[str], neighbours: Neighbours) -> str:
-    """The page. Names that are paths of readable images are shown as thumbnails, others as names."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """A page, and how many of the pictures on it are shown: of `names` different ones, `missing` as names alone."""
+
+    html: str
+    names: int
+    missing: int
+
+
+def render(queries: Sequence[str], neighbours: Neighbours, root: Path) -> Sheet:
+    """The page. Names that are paths of readable images are shown as thumbnails, others as names.
+
+    What was found is looked for under `root`, a query where it is, then under `root`.
+    """
+    pictures: dict[tuple[Path, ...], bytes | None] = {}
+
+    def figure(name: str, note: str, *places: Path) -> str:
+        if places not in pictures:
+            pictures[places] = next(filter(None, map(_thumbnail, places)), None)
+        return _figure(name, note, pictures[places])
+
     sections = []
     for query, ids, distances in zip(queries, neighbours.ids, neighbours.distances, strict=True):
-        found = (_figure(str(name), f"{distance:.4g}") for name, distance in zip(ids, distances, strict=True))
-        sections.append(f"<section>\n{_figure(query, 'query')}\n" + "\n".join(found) + "\n</section>")
-    return _PAGE.format(title=f"{len(queries)} queries", side=SIDE, sections="\n".join(sections))
+        figures = [figure(query, "query", *dict.fromkeys((Path(query), root / query)))]
+        figures += (
+            figure(str(name), f"{distance:.4g}", root / str(name))
+            for name, distance in zip(ids, distances, strict=True)
+        )
+        sections.append("<section>\n" + "\n".join(figures) + "\n</section>")
+    page = _PAGE.format(title=f"{len(queries)} queries", side=SIDE, sections="\n".join(sections))
+    return Sheet(html=page, names=len(pictures), missing=list(pictures.values()).count(None))
 
 
-def _figure(name: str, note: str) -> str:
-    data = _thumbnail(Path(name))
+def _figure(name: str, note: str, data: bytes | None) -> str:
     text = html.escape(name)
     picture = (
         f'<img alt="{text}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'

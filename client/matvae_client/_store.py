@@ -21,6 +21,9 @@ from matvae_client._codes import Codes, require
 from matvae_client._errors import FormatError, InvalidRequestError
 from matvae_client._shards import SHARD_NAME, Parts, synced, write_shard
 
+STAGING = ".pull"
+"""Where a pull keeps what it has until all is there."""
+
 _LOCK = ".lock"
 _TEMPORARY = ".manifest."
 
@@ -90,6 +93,8 @@ class CodesDirectory:
         Raises InvalidRequestError where there is no directory yet.
         """
         parts = list(self.parts())
+        if not parts and (self.path / STAGING).is_dir():
+            raise FormatError(f"the pull into {self.path} is unfinished: run it again, and it goes on where it was")
         if not parts:
             raise InvalidRequestError.of("codes", f"{self.path} holds none: append some first")
         return parts[0] if len(parts) == 1 else Codes.concatenate(parts)
@@ -114,8 +119,8 @@ class CodesDirectory:
         """
         return self.replace(removed=ids, added=None)
 
-    def replace(self, *, removed: Iterable[str], added: Codes | None) -> int:
-        """Remove and append in one version: an id in both gets a new code."""
+    def replace(self, *, removed: Iterable[str], added: Codes | None, made: float | None = None) -> int:
+        """Remove and append in one version: an id in both gets a new code. `made` is what `times` will tell of them."""
         names = tuple(dict.fromkeys(removed))
         with self._writing():
             held = set(self.ids())
@@ -125,17 +130,28 @@ class CodesDirectory:
             if added is not None:
                 self._check_new(added, held.difference(names))
             if names or (added is not None and (len(added) or self._manifest is None)):
-                self._commit(names, None if added is None else lambda: [added])
+                self._commit(names, None if added is None else lambda: [added], made=made)
             if len(self._shards) > _MOST_SHARDS:
-                self._commit((), self.parts, anew=True)
+                self._commit((), self.parts, anew=True, made=made)
         return self.version
 
     def compact(self) -> int:
         """Write what counts into one shard and let go of the rest; the version, of which the history starts anew."""
         with self._writing():
             if self._manifest and (len(self._shards) > 1 or self._manifest.removed):
-                self._commit((), self.parts, anew=True, source=self.source)
+                oldest = min((self.path / shard.file).stat().st_mtime for shard in self._shards)
+                self._commit((), self.parts, anew=True, source=self.source, made=oldest)
         return self.version
+
+    def times(self) -> dict[str, float]:
+        """From the id of each code to when it was made, in seconds since the epoch: the time of its shard's file.
+
+        What `compact` put together has the time of the oldest.
+        """
+        times: dict[str, float] = {}
+        for shard, part in self._parts():
+            times |= dict.fromkeys(part.ids(), (self.path / shard.file).stat().st_mtime)
+        return times
 
     @property
     def _shards(self) -> tuple[store.Shard, ...]:
@@ -206,11 +222,14 @@ class CodesDirectory:
         *,
         anew: bool = False,
         source: Mapping[str, Any] | None = None,
+        made: float | None = None,
     ) -> None:
         old = None if anew else self._manifest
         version = self.version + 1
         source = dict(source or {})
         shard, first = (None, None) if added is None else write_shard(self.path, added, version)
+        if shard is not None and made is not None:
+            os.utime(self.path / shard.file, (made, made))
         if old is None:
             assert shard is not None
             assert first is not None

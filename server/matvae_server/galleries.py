@@ -50,7 +50,9 @@ class Gallery:
             store.verify(folder, manifest)
             for _, part in store.parts(folder, manifest):  # each shard is what the manifest says
                 store.require_utf8(part.ids())
-        except (store.StoreError, FailedPreconditionError) as error:
+        except FailedPreconditionError as error:  # which names the gallery itself
+            raise GalleryError(str(error)) from None
+        except store.StoreError as error:
             raise GalleryError(f"gallery {name!r}: {error}") from None
         return gallery
 

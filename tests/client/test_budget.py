@@ -231,7 +231,15 @@ def test_numpy_numbers_are_numbers(card: ModelCard) -> None:
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("64MB", 64_000_000), ("8MiB", 8 * 2**20), ("32kB", 32_000), ("1.5 gb", 1_500_000_000), ("4096", 4096), ("7B", 7)],
+    [
+        ("64MB", 64_000_000),
+        ("8MiB", 8 * 2**20),
+        ("32kB", 32_000),
+        ("1.5 gb", 1_500_000_000),
+        ("4096", 4096),
+        ("7B", 7),
+        ("1.9", 1),
+    ],
 )
 def test_sizes_are_read(text: str, count: int) -> None:
     assert parse_size(text) == count
@@ -296,4 +304,10 @@ def test_the_command_says_what_is_wrong(matvae: Callable[..., subprocess.Complet
     assert "is no size" in told.stderr
     told = matvae("--memory", "64MB")
     assert (told.returncode, told.stderr.count("\n")) == (1, 1)
-    assert "vectors" in told.stderr
+    assert "--memory: how many vectors share it? Say so with --vectors" in told.stderr
+    assert "--bytes-per-vector or --min-accuracy" in matvae("--vectors", "5").stderr
+    assert "matvae: --min-accuracy: 80.0 is no fraction" in matvae("--min-accuracy", "80").stderr
+    assert "--memory: 0 is not a finite number above 0" in matvae("--vectors", "5", "--memory", "0").stderr
+    told = matvae("--bytes-per-vector", "0.5")
+    assert told.returncode == 2
+    assert "'0.5' is less than a byte" in told.stderr

@@ -144,7 +144,16 @@ def test_unreadable_images_are_reported_and_the_rest_is_done(matvae: Run, photos
     lines = done.stderr.splitlines()
     assert [line.split(": ")[0] for line in lines] == ["matvae", "matvae"]
     assert "text.png: not a PNG" in lines[0]
-    assert "missing.png: cannot read" in lines[1]
+    assert lines[1] == "matvae: missing.png: cannot read the file: No such file or directory"
+    for command in ("embed", "classify"):
+        assert "the exit status is 1 then" in matvae(command, "--help").stdout
+
+
+def test_a_server_without_a_name_is_refused(matvae: Run) -> None:
+    for done in (matvae("info", MATVAE_SERVER=""), matvae("info", "--server", " ")):
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "argument --server: it is empty: give HOST:PORT, here or in MATVAE_SERVER, or unset that" in done.stderr
+    assert "default 50%.example:1 (MATVAE_SERVER)" in matvae("info", "--help", MATVAE_SERVER="50%.example:1").stdout
 
 
 def test_nothing_is_written_where_no_image_is_usable(matvae: Run, tmp_path: Path) -> None:

@@ -30,11 +30,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def matvae(server: ServerProcess, tmp_path: Path) -> Run:
-    def run(*arguments: object, address: str = server.address) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, address: str = server.address, cwd: Path = tmp_path
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "matvae_client", *map(str, arguments)],
             env=os.environ | {"MATVAE_SERVER": address, "COLUMNS": "100"},
-            cwd=tmp_path,
+            cwd=cwd,
             capture_output=True,
             text=True,
             timeout=60,
@@ -65,7 +67,7 @@ def test_embedding_into_a_folder_does_nothing_twice(matvae: Run, photos: Path, t
     assert found[0]["neighbours"][0]["id"] == str(moved)
     other = matvae("embed", photos, "--out", "codes", "--dimensions", 16)
     assert (other.returncode, other.stdout) == (1, "")
-    assert "codes holds Codes(0 x 32-d int8" in other.stderr
+    assert "codes holds 20 codes of 32-d int8, asked for 16-d float32" in other.stderr
     assert "choose another directory" in other.stderr
 
 
@@ -154,6 +156,83 @@ def test_build_list_pull_and_search_without_a_server(
     assert json.loads(found.stdout)[0]["neighbours"][0]["id"] == str(photos / "more" / "13.png")
 
 
+def test_a_pull_says_what_the_budget_bought_and_what_changed(
+    matvae: Run, start_server: Callable[..., ServerProcess], photos: Path, tmp_path: Path
+) -> None:
+    matvae("gallery", "build", "kept", photos)
+    with start_server("--gallery", f"few={tmp_path / 'kept'}") as keeper:
+        first = matvae("pull", "few", "--memory", "640B", address=keeper.address)
+        assert first.returncode == 0, first.stderr
+        quality, reason, done = first.stdout.splitlines()
+        assert quality.startswith("32-d int8: 32 bytes per vector, 640 in all; knn ")
+        assert reason.startswith("  because it has the best knn of the ")
+        assert done == "few: 20 codes of 32 bytes (32-d int8)"
+        assert matvae("pull", "few", address=keeper.address).stdout == f"{done}: 0 added, 0 changed, 0 removed\n"
+        (photos / "00.png").unlink()
+        (photos / "20.png").write_bytes((photos / "01.png").read_bytes())
+        _repaint(photos / "02.png", photos / "03.png", later_than=tmp_path / "kept")
+        built = matvae("gallery", "build", "kept", photos, "--prune")
+        assert built.stdout.endswith(", 1 of them new, 1 embedded again, 1 removed\n")
+        again = matvae("pull", "few", address=keeper.address)
+        assert again.stdout == f"{done}: 1 added, 1 changed, 1 removed\n"
+        _repaint(photos / "02.png", photos / "04.png", later_than=tmp_path / "kept")
+        (photos / "21.png").write_bytes((photos / "01.png").read_bytes())
+        matvae("gallery", "build", "kept", photos)
+        told = json.loads(matvae("pull", "few", "--json", address=keeper.address).stdout)
+        assert [told[what] for what in ("count", "added", "changed", "removed")] == [21, 1, 1, 0]
+        grown = matvae("pull", "few", "--memory", "640B", address=keeper.address)
+        assert (grown.returncode, grown.stdout) == (1, "")
+        assert "640 bytes for the 21 codes that the gallery has now mean 128-d binary" in grown.stderr
+        assert "the copy in few is 32-d int8 (672 bytes)" in grown.stderr
+        other = matvae("pull", "few", "--dimensions", 16, address=keeper.address)
+        assert "few holds 21 codes of 32-d int8, not of 16-d float32" in other.stderr
+        for name in ("../few", ".few"):
+            assert "give --out DIR" in matvae("pull", name, address=keeper.address).stderr
+
+
+@pytest.mark.parametrize("kind", [(8, "binary"), (32, "binary"), (32, "int8"), (16, "float16"), (128, "float32")])
+def test_a_whole_query_code_searches_any_codes(
+    matvae: Run, photos: Path, tmp_path: Path, kind: tuple[int, str]
+) -> None:
+    dimensions, precision = kind
+    matvae("embed", photos, "--out", "stored", "--dimensions", dimensions, "--precision", precision)
+    matvae("embed", photos / "05.png", "--out", "query.codes")
+    live = matvae("search", "stored", photos / "05.png", "-k", 20, "--json")
+    found = matvae("search", "stored", "--query-codes", "query.codes", "-k", 20, "--json", address="127.0.0.1:1")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert json.loads(found.stdout) == json.loads(live.stdout)
+
+
+@pytest.mark.parametrize("kind", [(16, "float32"), (128, "int8")])
+def test_a_query_code_that_says_too_little_is_refused(matvae: Run, photos: Path, kind: tuple[int, str]) -> None:
+    dimensions, precision = kind
+    matvae("embed", photos, "--out", "stored", "--dimensions", 32, "--precision", "binary")
+    matvae("embed", photos / "05.png", "--out", "query.codes", "--dimensions", dimensions, "--precision", precision)
+    done = matvae("search", "stored", "--query-codes", "query.codes")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"query.codes holds {dimensions}-d {precision} codes, which cannot be compared with" in done.stderr
+    assert "embed the query with --dimensions 32 --precision binary, or whole" in done.stderr
+
+
+def test_an_unfinished_pull_says_so_when_it_is_searched(matvae: Run, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy" / ".pull").mkdir(parents=True)
+    done = matvae("search", "copy", photos / "05.png")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the pull into copy is unfinished: run it again" in done.stderr
+
+
+def test_the_contact_sheet_says_which_pictures_it_did_not_find(matvae: Run, photos: Path, tmp_path: Path) -> None:
+    matvae("embed", ".", "--out", tmp_path / "photos.codes", cwd=photos)
+    arguments = ("search", "photos.codes", photos / "05.png", "-k", 20, "--html", "sheet.html")
+    lost = matvae(*arguments)
+    assert lost.returncode == 0
+    assert f"sheet.html: 20 of 21 pictures were not found, looked for relative to {tmp_path}" in lost.stderr
+    assert "--images-root DIR" in lost.stderr
+    found = matvae(*arguments, "--images-root", "photos")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert 'class="none"' not in (tmp_path / "sheet.html").read_text(encoding="utf-8")
+
+
 def test_a_longer_query_code_is_cut(matvae: Run, photos: Path) -> None:
     matvae("embed", photos, "--out", "short", "--dimensions", 16)
     matvae("embed", photos / "05.png", "--out", "long.codes")
@@ -168,7 +247,7 @@ def test_a_longer_query_code_is_cut(matvae: Run, photos: Path) -> None:
         ("search", "codes", "a.png", "--query-codes", "q.codes"),
         ("gallery",),
         ("gallery", "build", "folder"),
-        ("pull", "name"),
+        ("pull",),
         ("pull", "name", "--out", "x", "--memory", "much"),
     ],
 )
@@ -240,3 +319,11 @@ def test_the_contact_sheet_shows_the_images_and_escapes_names(matvae: Run, photo
     with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as shown, Image.open(nasty) as original:
         np.testing.assert_array_equal(np.asarray(shown.convert("L")), np.asarray(original))
     assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def _repaint(picture: Path, like: Path, *, later_than: Path) -> None:
+    """Another picture under the same name, newer than every code of a codes directory."""
+    for file in (*picture.parent.rglob("*.png"), *later_than.glob("*.codes")):
+        time = file.stat().st_mtime - 60
+        os.utime(file, (time, time))
+    picture.write_bytes(like.read_bytes())

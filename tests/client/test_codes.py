@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import json
 import os
 import stat
 import tempfile
@@ -17,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from matvae.v1 import codec
-from matvae_client import Codes, FingerprintMismatchError, FormatError, InvalidRequestError, PrefixIndex
+from matvae_client import Codes, FingerprintMismatchError, FormatError, InvalidRequestError, ModelCard, PrefixIndex
 
 MakeCodes = Callable[..., Codes]
 
@@ -44,6 +46,51 @@ def test_what_is_saved_is_what_is_loaded(
         codes.save(Path(folder) / "a.codes")
         assert _same(Codes.load(Path(folder) / "a.codes"), codes)
         assert os.listdir(folder) == ["a.codes"]  # noqa: PTH208
+
+
+@given(dimensions=st.integers(1, 40), data=st.data(), precision=precisions, seed=st.integers(0, 99))
+def test_a_cut_and_packed_code_is_the_code_at_that_size(
+    make_codes: MakeCodes, dimensions: int, data: st.DataObject, precision: str, seed: int
+) -> None:
+    cut = data.draw(st.integers(1, dimensions))
+    ids = ("a", "b", "c")
+    whole = make_codes(3, dimensions, "float32", seed=seed, ids=ids)
+    packed = make_codes(3, dimensions, precision, seed=seed, ids=ids).truncate(cut)
+    assert _same(whole.truncate(cut).astype(precision), packed)
+    assert _same(whole.astype(precision).truncate(cut), packed)
+    assert packed.astype(precision) is packed
+
+
+@pytest.mark.parametrize("dimensions", [2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("precision", codec.PRECISIONS)
+def test_a_cut_and_packed_code_has_the_bytes_that_the_server_sends(
+    repository: Path, card: ModelCard, dimensions: int, precision: str
+) -> None:
+    golden = json.loads((repository / "proto" / "golden" / "fashion-mnist.json").read_text())["codes"]
+
+    def rows(name: str) -> codec.Bytes:
+        return np.frombuffer(base64.b64decode(golden[name]), np.uint8).reshape(4, -1)
+
+    whole = Codes(
+        rows=rows("float32"),
+        dimensions=128,
+        precision="float32",
+        fingerprint=card.fingerprint,
+        quantiser=card.quantiser,
+    )
+    sent = codec.slice_rows(rows(precision), 0, dimensions, precision)
+    np.testing.assert_array_equal(whole.truncate(dimensions).astype(precision).rows, sent)
+
+
+def test_only_float32_codes_can_be_packed(make_codes: MakeCodes) -> None:
+    with pytest.raises(InvalidRequestError, match="precision: int8 codes cannot become binary"):
+        make_codes(1, 16, "int8").astype("binary")
+    with pytest.raises(InvalidRequestError, match="precision: 'int4' is none of float32"):
+        make_codes(1, 16, "float32").astype("int4")
+    tail = make_codes(1, 16, "float32", offset=4)
+    with pytest.raises(InvalidRequestError, match="offset: 4 is not a multiple of 8"):
+        tail.astype("binary")
+    assert _same(tail.astype("int8"), make_codes(1, 16, "int8", offset=4))
 
 
 @given(dimensions=st.integers(1, 40), data=st.data(), precision=precisions, seed=st.integers(0, 99))

@@ -200,6 +200,18 @@ def test_progress_counts_every_image(client: EmbeddingClient, images: LabelledIm
     assert progress[-1] == (301, 301)
 
 
+def test_errors_name_the_paths_that_were_given(client: EmbeddingClient, images: LabelledImages, tmp_path: Path) -> None:
+    text = tmp_path / "text.png"
+    text.write_text("this is no picture")
+    given = [*images.gallery_images[:2], text, "missing.png", b"no picture either"]
+    for images_given in (given, iter(given)):
+        with pytest.raises(ImageErrors, match=rf"the first: images\[2\] \({text}\): not a PNG") as caught:
+            client.embed(images_given)
+        assert [error.path for error in caught.value.errors] == [str(text), "missing.png", ""]
+        assert str(caught.value.errors[1]).startswith("images[3] (missing.png): cannot read the file: No such file")
+        assert str(caught.value.errors[2]).startswith("images[4]: not a PNG")
+
+
 def test_eight_threads_share_a_client(server: ServerProcess, images: LabelledImages) -> None:
     pieces = np.split(images.gallery_images[:1600], 8)
     with EmbeddingClient(server.address) as client, ThreadPoolExecutor(8) as pool:

@@ -210,7 +210,9 @@ def test_the_chosen_schedule_reaches_its_target(
     found = FunnelIndex(gallery, [(dimensions, keep + 1), (128, 11)], precision=funnel.precision).search(gallery).ids
     assert recall(found[:, 1:], exact[:, 1:]) >= 0.95
     assert recall(funnel.search(queries).ids, PrefixIndex(gallery).search(queries).ids) >= 0.93
-    assert "chosen for recall@10 of 0.95: 0.9" in str(funnel)
+    within = "" if limit is None else " within 8 bytes a vector"
+    assert f"chosen for recall@10 of 0.95{within}: 0.9" in str(funnel)
+    assert "250.00 ms a query; comparing every vector takes 1000.00 ms" in str(funnel)
     funnel.save(tmp_path / "funnel")
     loaded = FunnelIndex.load(tmp_path / "funnel")
     assert loaded.choice == funnel.choice
@@ -250,6 +252,23 @@ def test_where_no_schedule_pays_it_says_so_and_compares_all(
     tiny = FunnelIndex.choose(gallery[:15])  # no list of ten is shorter than half of them
     assert "no schedule pays: none reaches recall@10 of 0.99 with a shorter list" in str(tiny)
     assert "no schedule pays: none reaches" in str(_saved(tiny, tmp_path / "tiny"))
+
+
+def test_within_its_bytes_it_says_that_comparing_all_would_be_faster(
+    real: tuple[Codes, Codes], clock: Callable[[float], None], tmp_path: Path
+) -> None:
+    gallery = real[0]
+    clock(2.0)
+    funnel = FunnelIndex.choose(gallery, recall=0.95, bytes_per_vector=16)
+    assert funnel.choice is not None
+    assert not funnel.choice.pays
+    assert len(funnel.schedule) == 2
+    assert funnel.choice.recall < 1
+    loaded = _saved(funnel, tmp_path / "funnel")
+    assert loaded.nbytes <= 16 * len(gallery)
+    for each in (funnel, loaded):
+        assert "chosen for recall@10 of 0.95 within 16 bytes a vector: 0.9" in str(each)
+        assert "2000.00 ms a query; comparing every vector in memory would be faster, 1000.00 ms" in str(each)
 
 
 def _saved(funnel: FunnelIndex, path: Path) -> FunnelIndex:

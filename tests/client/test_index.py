@@ -85,7 +85,7 @@ def test_queries_may_be_of_another_precision(make_codes: MakeCodes) -> None:
         for asked in ("float32", "float16", "int8"):
             found = index.search(make_codes(50, 16, asked), 1)
             np.testing.assert_array_equal(found.ids[:, 0], np.arange(50))
-    with pytest.raises(InvalidRequestError, match="embed with precision='binary'"):
+    with pytest.raises(InvalidRequestError, match=r"use codes\.astype\('binary'\), or embed with precision='binary'"):
         PrefixIndex(make_codes(50, 16, "binary")).search(exact)
     with pytest.raises(InvalidRequestError, match="embed with precision='int8'"):
         PrefixIndex(make_codes(50, 16, "int8")).search(make_codes(1, 16, "binary"))

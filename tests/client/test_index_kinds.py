@@ -250,7 +250,9 @@ def test_a_kind_that_cannot_be_is_refused(make_codes: MakeCodes) -> None:
     wrong: list[tuple[str, Codes, str]] = [
         ("nonsense", make_codes(300, 16, "int8"), "'nonsense' is not flat, hnsw or ivfpq, and FAISS cannot make it"),
         ("IVF4,PQ5", make_codes(300, 16, "float32"), "FAISS cannot make it"),
-        ("HNSW32", make_codes(300, 16, "binary"), "FAISS cannot make it"),
+        ("HNSW32", make_codes(300, 16, "binary"), "FAISS cannot make it .*; say 'hnsw'"),
+        ("Hnsw", make_codes(300, 16, "int8"), "FAISS cannot make it .*; say 'hnsw'"),
+        ("IVF16", make_codes(300, 16, "binary"), "FAISS cannot make it .*; for binary codes its strings start with B"),
         ("ivfpq", make_codes(255, 16, "int8"), "255 are fewer than 256; use flat"),
         ("ivfpq", make_codes(300, 16, "binary"), "does not take binary codes: use flat or hnsw"),
     ]
