@@ -17,7 +17,8 @@ from grpc_status import rpc_status
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
-from matvae_server.call import Call
+from matvae_server import logs
+from matvae_server.call import Call, OnPart
 from matvae_server.errors import InternalError, ServiceError, UnavailableError
 from matvae_server.service import EmbeddingCore
 
@@ -29,7 +30,7 @@ _NAMEABLE = re.compile(r"[\x21-\x7e]{1,64}")
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
 Observer = Callable[[Call, grpc.StatusCode], None]
-"""Told of every call when it is over."""
+"""Told of every call when it is over, before its caller knows."""
 
 log = logging.getLogger("matvae.server")
 
@@ -37,9 +38,10 @@ log = logging.getLogger("matvae.server")
 class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
     """Maps gRPC calls to the core, its errors to rich statuses, and counts the calls in flight."""
 
-    def __init__(self, core: EmbeddingCore, observers: Sequence[Observer] = ()) -> None:
+    def __init__(self, core: EmbeddingCore, observers: Sequence[Observer] = (), on_part: OnPart | None = None) -> None:
         self._core = core
         self._observers = observers
+        self._on_part = on_part
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -106,7 +108,7 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
     async def _counted(self, method: str, context: Any) -> AsyncIterator[Call]:
         """A call in flight; whatever it raises becomes its status."""
         call = Call(method=method, request_id=_request_id(context), seconds=context.time_remaining())
-        code = grpc.StatusCode.OK
+        call.on_part = self._on_part
         self._in_flight += 1
         self._idle.clear()
         try:
@@ -114,23 +116,26 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
                 raise UnavailableError("the server is shutting down: try another, or again in a moment")
             yield call
             context.set_trailing_metadata(_trailers(call))
+            self._tell(call, grpc.StatusCode.OK)
         except ServiceError as error:
-            code = error.status
+            self._tell(call, error.status)
             await _abort(context, error, call)
         except Exception:
-            code = InternalError.status
-            log.exception("call failed", extra={"request_id": call.request_id})
+            log.exception("call failed", extra=logs.fields(call, InternalError.status))
+            self._tell(call, InternalError.status)
             message = f"internal error; the server's log has it under the request id {call.request_id}"
             await _abort(context, InternalError(message), call)
-        except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
+        except (asyncio.CancelledError, GeneratorExit):  # the caller has gone, or waits no longer
+            self._tell(call, grpc.StatusCode.CANCELLED)
             raise
         finally:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
-            for observe in self._observers:
-                observe(call, code)
+
+    def _tell(self, call: Call, code: grpc.StatusCode) -> None:
+        for observe in self._observers:
+            observe(call, code)
 
 
 def _request_id(context: Any) -> str:

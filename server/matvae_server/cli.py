@@ -26,31 +26,40 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop; the exit status: 0 after a clean stop, 1 if it could not start."""
+    _quieten_grpc(arguments)
     try:
         import grpc_health.v1  # noqa: F401
         import grpc_reflection.v1alpha  # noqa: F401
+        import prometheus_client  # noqa: F401
     except ModuleNotFoundError as error:
         print(f"matvae-serve: {error.name} is not installed: pip install 'matvae[server]'", file=sys.stderr)
         return 1
-    import logging
-
+    from matvae_server import logs
     from matvae_server.config import Security, ServerConfig
     from matvae_server.server import StartupError, serve
 
     parser = _parser()
     options = vars(parser.parse_args(arguments))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
         security = Security(**{field.name: options.pop(field.name) for field in dataclasses.fields(Security)})
         config = ServerConfig(security=security, **options)
     except ValueError as error:
         parser.error(str(error))
+    logs.configure(config.log_format)
     try:
         asyncio.run(serve(config, ready=_say_ready))
     except StartupError as error:
-        print(f"matvae-serve: {error}", file=sys.stderr)
+        logs.say_fatal(config.log_format, str(error))
         return 1
     return 0
+
+
+def _quieten_grpc(arguments: Sequence[str] | None) -> None:
+    """Keep lines that are no JSON out of a log of JSON: gRPC's core has its own, and asks as it is imported."""
+    early = argparse.ArgumentParser(prog="matvae-serve", add_help=False)
+    early.add_argument("--log-format", default=os.environ.get("MATVAE_LOG_FORMAT"))
+    if early.parse_known_args(arguments)[0].log_format == "json":
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def _say_ready(address: str, models: Sequence[Model]) -> None:

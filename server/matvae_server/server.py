@@ -14,10 +14,12 @@ from grpc_reflection.v1alpha import reflection
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
-from matvae_server.calls import GrpcAdapter
+from matvae_server import logs
+from matvae_server.calls import GrpcAdapter, Observer
 from matvae_server.config import ServerConfig, bracketed, cores
 from matvae_server.decoding import DecodePool
 from matvae_server.galleries import Gallery, GalleryError
+from matvae_server.metrics import Metrics, MetricsError, endpoint
 from matvae_server.models import Model, ModelError, Models, discard
 from matvae_server.service import EmbeddingCore
 
@@ -41,8 +43,8 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[Model]], Non
     server = grpc.aio.server(options=_options(config))
     address = _bind(server, config)
     decoders = DecodePool(cores())
-    models = Models(config)
-    with contextlib.closing(decoders):
+    with contextlib.closing(decoders), _observing(config) as (metrics, metrics_url, observers):
+        models = Models(config, metrics.observe_batch) if metrics else Models(config)
         try:
             fresh = await models.prepare()
             galleries = open_galleries(config, fresh)
@@ -50,7 +52,7 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[Model]], Non
             raise StartupError(str(error)) from None
         models.replace(fresh)
         core = EmbeddingCore(models, limits=config.limits, decoders=decoders, galleries=galleries)
-        adapter = GrpcAdapter(core)
+        adapter = GrpcAdapter(core, observers, metrics.observe_part if metrics else None)
         pb_grpc.add_EmbeddingServiceServicer_to_server(adapter, server)
         health_servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -59,6 +61,10 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[Model]], Non
         for name in ("", SERVICE_NAME):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
+        if metrics:
+            metrics.live = models.live
+        if metrics_url:
+            print(f"matvae-serve metrics on {metrics_url}", flush=True)
         with _reloading(config, models, core):
             ready(address, models.live())
             await stopped.wait()
@@ -75,6 +81,26 @@ def open_galleries(config: ServerConfig, models: dict[str, Model]) -> list[Galle
     """Every gallery of the configuration, each of the model that its codes are of. Raises GalleryError."""
     cards = [model.bundle.card for model in models.values()]
     return [Gallery.open(name, folder, cards) for name, folder in config.gallery_folders.items()]
+
+
+@contextlib.contextmanager
+def _observing(config: ServerConfig) -> Iterator[tuple[Metrics | None, str | None, list[Observer]]]:
+    """What is to be told of calls, and where the metrics are served meanwhile: with workers, their parent does that."""
+    observers: list[Observer] = [logs.access] if config.access_log else []
+    if config.metrics_port is None:
+        yield None, None, observers
+        return
+    shared = config.workers > 1
+    metrics = Metrics(shared=shared)
+    observers.append(metrics.observe)
+    publishing = asyncio.create_task(metrics.keep_published())
+    try:
+        with contextlib.nullcontext() if shared else endpoint(config, metrics.registry) as url:
+            yield metrics, url, observers
+    except MetricsError as error:
+        raise StartupError(str(error)) from None
+    finally:
+        publishing.cancel()
 
 
 @contextlib.contextmanager
