@@ -25,7 +25,8 @@ class ServerStartError(BenchmarkError):
 class ServerProcess:
     """Runs `matvae-serve --port 0 ARGUMENTS`; `address` is host:port. A context manager that stops it with SIGTERM.
 
-    Raises ServerStartError unless it is ready within `start_seconds`.
+    `said` is what it wrote on stdout until it was ready. Raises ServerStartError unless it is ready within
+    `start_seconds`.
     """
 
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None, start_seconds: float = 60.0) -> None:
@@ -95,4 +96,5 @@ class ServerProcess:
                     self._reader.join()
                     raise ServerStartError(self.log.strip() or "the server ended without a word")
                 seen += chunk
+        self.said = seen.decode()
         return match[1].decode()

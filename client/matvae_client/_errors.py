@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import grpc
 
@@ -182,7 +182,16 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float) -> MatvaeE
         )
     if status is grpc.StatusCode.UNIMPLEMENTED:
         return ServerError(f"{target} does not offer this call: is it a matvae server, and not an older one? ({text})")
-    return _BY_STATUS.get(status, ServerError)(text if status in _BY_STATUS else f"{target} failed: {text}")
+    if status in _BY_STATUS:
+        return _BY_STATUS[status](text)
+    return ServerError(f"{target} failed: {text}{_named(error, text)}")
+
+
+def _named(error: grpc.RpcError, text: str) -> str:
+    """The name by which the server's log knows the call, unless `text` says it already."""
+    trailers: Any = error.trailing_metadata() or ()
+    request_id = dict(trailers).get("x-request-id")
+    return f" (request id {request_id})" if request_id and request_id not in text else ""
 
 
 _TLS_HINTS = (

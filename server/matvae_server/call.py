@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
+from typing import Protocol
+
+
+class OnPart(Protocol):
+    """Told of every message of a stream when it is answered, or will not be."""
+
+    def __call__(self, part: Call, *, answered: bool) -> None:
+        """Must not raise."""
 
 
 @dataclasses.dataclass(slots=True)
 class Call:
     """One call. The transport fills the first block, the core the second.
 
-    `seconds` is how long the caller waits, None where without end. Durations are in seconds; those of a stream are of
-    its latest message, its counts of all. `bytes_out` are those of the codes.
+    `seconds` is how long the caller waits, None where without end. Durations are in seconds; those of a stream, like
+    what its codes are, are of its latest message, its counts of all; `parts` is how many messages it had. `bytes_out`
+    are those of the codes.
     """
 
     method: str
     request_id: str
     seconds: float | None = None
     started: float = dataclasses.field(default_factory=time.perf_counter)
+    on_part: OnPart | None = None
 
     model: str = ""
     images: int = 0
@@ -27,6 +39,27 @@ class Call:
     bytes_out: int = 0
     queue_seconds: float = 0.0
     encode_seconds: float = 0.0
+    parts: int = 0
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[Call]:
+        """One message of a stream, to be answered meanwhile; what is known of it becomes known of the stream."""
+        part = Call(method=self.method, request_id=self.request_id, seconds=self.seconds, started=self.started)
+        answered = False
+        try:
+            yield part
+            answered = True
+        finally:
+            self.parts += 1
+            if part.model:
+                self.model, self.dimensions, self.precision = part.model, part.dimensions, part.precision
+            self.images += part.images
+            self.failed_images += part.failed_images
+            self.bytes_out += part.bytes_out
+            if part.encode_seconds:
+                self.queue_seconds, self.encode_seconds = part.queue_seconds, part.encode_seconds
+            if self.on_part and part.model:
+                self.on_part(part, answered=answered)
 
     @property
     def seconds_left(self) -> float | None:

@@ -18,7 +18,8 @@ from grpc_status import rpc_status
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
-from matvae_server.call import Call
+from matvae_server import logs
+from matvae_server.call import Call, OnPart
 from matvae_server.errors import InternalError, InvalidArgumentError, ServiceError, UnavailableError
 from matvae_server.service import EmbeddingCore
 
@@ -30,7 +31,7 @@ _NAMEABLE = re.compile(r"[\x21-\x7e]{1,64}")
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
 Observer = Callable[[Call, grpc.StatusCode], None]
-"""Told of every call when it is over."""
+"""Told of every call when it is over, before its caller knows."""
 
 log = logging.getLogger("matvae.server")
 
@@ -49,9 +50,10 @@ class Malformed:
 class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
     """Maps gRPC calls to the core, its errors to rich statuses, and counts the calls in flight."""
 
-    def __init__(self, core: EmbeddingCore, observers: Sequence[Observer] = ()) -> None:
+    def __init__(self, core: EmbeddingCore, observers: Sequence[Observer] = (), on_part: OnPart | None = None) -> None:
         self._core = core
         self._observers = observers
+        self._on_part = on_part
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -118,7 +120,7 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
     async def _counted(self, method: str, context: Any, request: object = None) -> AsyncIterator[Call]:
         """A call in flight; whatever it raises becomes its status."""
         call = Call(method=method, request_id=_request_id(context), seconds=context.time_remaining())
-        code = grpc.StatusCode.OK
+        call.on_part = self._on_part
         self._in_flight += 1
         self._idle.clear()
         try:
@@ -128,22 +130,25 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
                 raise request.error()
             yield call
             context.set_trailing_metadata(_trailers(call))
+            self._tell(call, grpc.StatusCode.OK)
         except ServiceError as error:
-            code = error.status
+            self._tell(call, error.status)
             await _abort(context, error, call)
         except Exception:
-            code = InternalError.status
-            log.exception("call failed, request id %s", call.request_id, extra={"request_id": call.request_id})
+            log.exception("call failed", extra=logs.fields(call, InternalError.status))
+            self._tell(call, InternalError.status)
             await _abort(context, InternalError.of(call.request_id), call)
-        except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
+        except (asyncio.CancelledError, GeneratorExit):  # the caller has gone, or waits no longer
+            self._tell(call, grpc.StatusCode.CANCELLED)
             raise
         finally:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
-            for observe in self._observers:
-                observe(call, code)
+
+    def _tell(self, call: Call, code: grpc.StatusCode) -> None:
+        for observe in self._observers:
+            observe(call, code)
 
 
 async def _well_formed(requests: AsyncIterator[Request]) -> AsyncIterator[Request]:

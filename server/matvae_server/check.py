@@ -8,7 +8,8 @@ from matvae_server import security
 from matvae_server.config import ServerConfig, bracketed
 from matvae_server.galleries import GalleryError
 from matvae_server.models import Model, ModelError, Models, discard
-from matvae_server.server import StartupError, open_galleries
+from matvae_server.ports import StartupError
+from matvae_server.server import open_galleries
 
 
 async def check(config: ServerConfig) -> str:

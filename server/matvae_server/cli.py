@@ -25,17 +25,20 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop; the exit status: 0 after a clean stop, 1 if it could not start."""
+    _quieten_grpc(arguments)
     try:
         import grpc_health.v1  # noqa: F401
         import grpc_reflection.v1alpha  # noqa: F401
+        import prometheus_client  # noqa: F401
     except ModuleNotFoundError as error:
         print(f"matvae-serve: {error.name} is not installed: pip install 'matvae[server]'", file=sys.stderr)
         return 1
     from matvae_server import check, logs, measure
     from matvae_server.bundle import BundleError
     from matvae_server.config import Security, ServerConfig
+    from matvae_server.ports import StartupError
     from matvae_server.runtimes import RuntimeUnavailableError
-    from matvae_server.server import StartupError, serve
+    from matvae_server.server import serve
     from matvae_server.workers import serve_with_workers
 
     parser = _parser()
@@ -56,13 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = serve if config.workers == 1 else serve_with_workers
             asyncio.run(run(config, ready=_say_ready))
     except (StartupError, BundleError, RuntimeUnavailableError) as error:
-        print(f"matvae-serve: {error}", file=sys.stderr)
+        logs.say_fatal(config.log_format, str(error))
         return 1
     return 0
 
 
-def _say_ready(address: str, models: Sequence[str]) -> None:
-    print(*models, f"matvae-serve ready on {address}", sep="\n", flush=True)
+def _quieten_grpc(arguments: Sequence[str] | None) -> None:
+    """Keep lines that are no JSON out of a log of JSON: gRPC's core has its own, and asks as it is imported."""
+    early = argparse.ArgumentParser(prog="matvae-serve", add_help=False)
+    early.add_argument("--log-format", default=os.environ.get("MATVAE_LOG_FORMAT"))
+    if early.parse_known_args(arguments)[0].log_format == "json":
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+def _say_ready(address: str, lines: Sequence[str]) -> None:
+    print(*lines, f"matvae-serve ready on {address}", sep="\n", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,57 +6,63 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from matvae_server import security
-from matvae_server.calls import GrpcAdapter
-from matvae_server.config import ServerConfig, bracketed, cores
+from matvae_server import logs, security
+from matvae_server.calls import GrpcAdapter, Observer
+from matvae_server.config import ServerConfig, cores
 from matvae_server.decoding import DecodePool
 from matvae_server.galleries import Gallery, GalleryError
+from matvae_server.metrics import Metrics, MetricsError, endpoint
 from matvae_server.models import Model, ModelError, Models, discard
+from matvae_server.ports import (
+    FLUSH_SECONDS,
+    SERVICE_NAME,
+    StartupError,
+    listen,
+    options,
+    say_serving,
+    serve_health,
+)
 from matvae_server.service import EmbeddingCore
-from matvae_server.transport import SERVICE, add_to_server
-
-SERVICE_NAME: str = SERVICE.full_name
-FLUSH_SECONDS = 0.5
-"""How long replies that are written may take to leave once no call is running; health watchers are cut off then."""
+from matvae_server.transport import add_to_server
 
 log = logging.getLogger("matvae.server")
 
 
-class StartupError(RuntimeError):
-    """The server cannot start; the message says why and what to do."""
-
-
 async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]) -> None:
-    """Serve until SIGTERM or SIGINT; `ready` is told the address, and a line for each model, once calls are answered.
+    """Serve until SIGTERM or SIGINT; `ready` is told the address, and what else a person is told at the start.
 
     SIGHUP loads the bundles and galleries anew. Raises StartupError where a port, a bundle, a gallery, the runtime or a
     file of the security is not to be had.
     """
-    try:
-        server = grpc.aio.server(options=_options(config), interceptors=security.interceptors(config.security))
-        address = _listen(server, config, config.port, "--port", security.credentials(config.security))
-    except security.SecurityError as error:
-        raise StartupError(str(error)) from None
-    decoders = DecodePool(cores())
-    models = Models(config)
-    health_servicer = health.aio.HealthServicer()
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(decoders.close)
+        metrics, metrics_url, observers = stack.enter_context(_observing(config))
+        try:
+            interceptors = security.interceptors(config.security, observers)
+            credentials = security.credentials(config.security)
+        except security.SecurityError as error:
+            raise StartupError(str(error)) from None
+        server = grpc.aio.server(options=options(config), interceptors=interceptors)
+        address = listen(server, config, config.port, "--port", credentials)
+        decoders = stack.enter_context(contextlib.closing(DecodePool(cores())))
+        health_servicer = health.aio.HealthServicer()
         health_address = await stack.enter_async_context(serve_health(config, health_servicer))
+        models = Models(config, metrics.observe_batch) if metrics else Models(config)
         try:
             fresh = await models.prepare()
             galleries = open_galleries(config, fresh)
         except (ModelError, GalleryError) as error:
             raise StartupError(str(error)) from None
         models.replace(fresh)
+        if metrics:
+            metrics.live = models.live
         core = EmbeddingCore(models, limits=config.limits, decoders=decoders, galleries=galleries)
-        adapter = GrpcAdapter(core)
+        adapter = GrpcAdapter(core, observers, metrics.observe_part if metrics else None)
         add_to_server(adapter, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -64,8 +70,7 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
         await say_serving(health_servicer)
         await server.start()
         with _reloading(config, models, core):
-            lines = [f"matvae-serve health on {health_address}"] if health_address else []
-            ready(address, [*lines, *(model.line for model in models.live())])
+            ready(address, start_lines(health_address, metrics_url, [model.line for model in models.live()]))
             await stopped.wait()
         log.info("draining")
         adapter.refuse()
@@ -76,10 +81,36 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
         await models.close()
 
 
+def start_lines(health_address: str | None, metrics_url: str | None, models: list[str]) -> list[str]:
+    """What a person is told at the start, before the address."""
+    lines = [f"matvae-serve health on {health_address}"] if health_address else []
+    return lines + ([f"matvae-serve metrics on {metrics_url}"] if metrics_url else []) + models
+
+
 def open_galleries(config: ServerConfig, models: dict[str, Model]) -> list[Gallery]:
     """Every gallery of the configuration, each of the model that its codes are of. Raises GalleryError."""
     cards = [model.bundle.card for model in models.values()]
     return [Gallery.open(name, folder, cards) for name, folder in config.gallery_folders.items()]
+
+
+@contextlib.contextmanager
+def _observing(config: ServerConfig) -> Iterator[tuple[Metrics | None, str | None, list[Observer]]]:
+    """What is to be told of calls, and where the metrics are served meanwhile: with workers, their parent does that."""
+    observers: list[Observer] = [logs.access] if config.access_log else []
+    if config.metrics_port is None:
+        yield None, None, observers
+        return
+    shared = config.workers > 1
+    metrics = Metrics(shared=shared)
+    observers.append(metrics.observe)
+    publishing = asyncio.create_task(metrics.keep_published())
+    try:
+        with contextlib.nullcontext() if shared else endpoint(config, metrics.registry) as url:
+            yield metrics, url, observers
+    except MetricsError as error:
+        raise StartupError(str(error)) from None
+    finally:
+        publishing.cancel()
 
 
 @contextlib.contextmanager
@@ -114,73 +145,6 @@ def _reloading(config: ServerConfig, models: Models, core: EmbeddingCore) -> Ite
     finally:
         loop.remove_signal_handler(signal.SIGHUP)
         task.cancel()
-
-
-def _options(config: ServerConfig) -> list[tuple[str, int]]:
-    """gRPC's own settings. Pings find peers that are gone; they agree with what clients are told."""
-    options = [
-        ("grpc.so_reuseport", int(config.workers > 1)),
-        ("grpc.max_receive_message_length", config.limits.max_message_bytes),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", config.min_ping_interval_ms),
-    ]
-    if config.max_connection_age:
-        options += [
-            ("grpc.max_connection_age_ms", int(1000 * config.max_connection_age)),
-            ("grpc.max_connection_age_grace_ms", int(1000 * config.drain_seconds)),
-        ]
-    return options
-
-
-async def say_serving(servicer: health.aio.HealthServicer) -> None:
-    """The server as a whole, and its service, answer calls now."""
-    for name in ("", SERVICE_NAME):
-        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-
-
-@contextlib.asynccontextmanager
-async def serve_health(config: ServerConfig, servicer: health.aio.HealthServicer) -> AsyncIterator[str | None]:
-    """While it lasts, `servicer` answers on the plaintext port for probes: its address, None where there is none.
-
-    It is not serving until told that it is. Raises StartupError where the port is not to be had.
-    """
-    for name in ("", SERVICE_NAME):
-        await servicer.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-    if config.health_port is None:
-        yield None
-        return
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    address = _listen(server, config, config.health_port, "--health-port")
-    await server.start()
-    try:
-        yield address
-    finally:
-        await server.stop(FLUSH_SECONDS)
-
-
-def _listen(
-    server: grpc.aio.Server,
-    config: ServerConfig,
-    port: int,
-    flag: str,
-    credentials: grpc.ServerCredentials | None = None,
-) -> str:
-    """Take the port, in plaintext without credentials; the address. Raises StartupError that names the flag."""
-    address = f"{bracketed(config.host)}:{port}"
-    try:
-        taken = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
-    except RuntimeError:
-        taken = 0
-    if not taken:
-        raise StartupError(
-            f"cannot listen on {address}: is the port in use, or the host not of this machine? "
-            f"Choose another with {flag} (0: a free one) or --host"
-        )
-    return f"{bracketed(config.host)}:{taken}"
 
 
 def stop_signal() -> asyncio.Event:

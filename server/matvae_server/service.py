@@ -129,7 +129,9 @@ class EmbeddingCore:
 
         async def answer(message: pb.EmbedStreamRequest) -> None:
             try:
-                reply = pb.EmbedStreamResponse(id=message.id, response=await self.embed(message.request, call))
+                with call.part() as part:
+                    response = await self.embed(message.request, part)
+                reply = pb.EmbedStreamResponse(id=message.id, response=response)
             except ServiceError as error:
                 reply = pb.EmbedStreamResponse(id=message.id, error=error.to_proto())
             except Exception:

@@ -20,9 +20,10 @@ from multiprocessing.process import BaseProcess
 
 from grpc_health.v1 import health
 
-from matvae_server import logs
+from matvae_server import logs, metrics
 from matvae_server.config import ServerConfig, bracketed
-from matvae_server.server import StartupError, say_serving, serve, serve_health, stop_signal
+from matvae_server.ports import StartupError, say_serving, serve_health
+from matvae_server.server import serve, start_lines, stop_signal
 
 _BACKOFF = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before a worker is started again, by how often it has died without having lived for _LONG_ENOUGH."""
@@ -37,26 +38,30 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
     `ready` is told the address, and a line for each model, once every worker can answer. Raises StartupError with what
     the first worker to fail says.
     """
-    health_servicer = health.aio.HealthServicer()
-    async with serve_health(config, health_servicer) as health_address:
-        with _reserved(config) as port:
-            stopped = stop_signal()
-            own = dataclasses.replace(config, port=port, health_port=None)
-            workers = [_Worker(own, number) for number in range(config.workers)]
-            try:
-                models = await asyncio.gather(*(worker.start() for worker in workers))
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _signal_all, workers, signal.SIGHUP)
-                await say_serving(health_servicer)
-                lines = [f"matvae-serve health on {health_address}"] if health_address else []
-                ready(f"{bracketed(config.host)}:{port}", [*lines, *models[0]])
-                keepers = [asyncio.create_task(worker.keep()) for worker in workers]
-                await stopped.wait()
-                await health_servicer.enter_graceful_shutdown()
-                for keeper in keepers:
-                    keeper.cancel()
-            finally:
-                _signal_all(workers, signal.SIGTERM)
-                await asyncio.gather(*(worker.ended() for worker in workers))
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            metrics_url = stack.enter_context(metrics.of_workers(config))
+        except metrics.MetricsError as error:
+            raise StartupError(str(error)) from None
+        health_servicer = health.aio.HealthServicer()
+        health_address = await stack.enter_async_context(serve_health(config, health_servicer))
+        port = stack.enter_context(_reserved(config))
+        stopped = stop_signal()
+        own = dataclasses.replace(config, port=port, health_port=None)
+        workers = [_Worker(own, number) for number in range(config.workers)]
+        try:
+            models = await asyncio.gather(*(worker.start() for worker in workers))
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _signal_all, workers, signal.SIGHUP)
+            await say_serving(health_servicer)
+            ready(f"{bracketed(config.host)}:{port}", start_lines(health_address, metrics_url, models[0]))
+            keepers = [asyncio.create_task(worker.keep()) for worker in workers]
+            await stopped.wait()
+            await health_servicer.enter_graceful_shutdown()
+            for keeper in keepers:
+                keeper.cancel()
+        finally:
+            _signal_all(workers, signal.SIGTERM)
+            await asyncio.gather(*(worker.ended() for worker in workers))
 
 
 class _Worker:
@@ -117,6 +122,8 @@ class _Worker:
         finally:
             loop.remove_reader(sentinel)
         self.process.join()
+        if self.process.pid:
+            metrics.worker_died(self.process.pid)
 
 
 def _signal_all(workers: list[_Worker], number: signal.Signals) -> None:
