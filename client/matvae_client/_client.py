@@ -9,7 +9,6 @@ cancelled.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -20,11 +19,12 @@ from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_client import _images
 from matvae_client._budget import Budget
+from matvae_client._bulk import Bulk
 from matvae_client._card import HEAD_KINDS, ModelCard, ModelSummary
 from matvae_client._classifier import PrefixClassifier
 from matvae_client._coalescer import Coalescer
 from matvae_client._codes import Codes
-from matvae_client._connection import Connection, Reply, Request, Sent
+from matvae_client._connection import Connection, Reply, Request
 from matvae_client._errors import (
     ImageErrors,
     InvalidRequestError,
@@ -175,40 +175,27 @@ class EmbeddingClient:
         single, total = _images.one_by_one(images, card.input.shape)
         seconds = self._seconds(timeout)
         most = most_images(card.limits.max_queue_images)
-        pending: deque[tuple[list[int], Sent]] = deque()
-
         with Progress(progress, total, long=4 * card.limits.max_images_per_request) as bar:
-
-            def collect() -> None:
-                positions, call = pending[0]
-                take(positions, call.result())
-                pending.popleft()
 
             def take(positions: list[int], answer: pb.EmbedResponse) -> None:
                 reply.add(positions, answer)
                 bar.advance(len(positions))
 
+            bulk = Bulk(self._connection, max_in_flight=self._max_in_flight, most=most, seconds=seconds, take=take)
             try:
                 for chunk in _images.chunks(single, card.input.shape, card.limits, template):
                     if isinstance(chunk, ItemError):
                         reply.errors.append(chunk)
                         bar.advance(1)
                         continue
-                    request, count = chunk.request(template, card.input.shape), len(chunk.positions)
-                    if count == total:  # one request in all: a plain call is cheaper than a future
-                        take(chunk.positions, self._connection.embed(request, count, most, seconds))
+                    request, positions = chunk.request(template, card.input.shape), chunk.positions
+                    if len(positions) == total:  # one request in all: a plain call is cheaper than a future
+                        take(positions, self._connection.embed(request, len(positions), most, seconds))
                         break
-                    if len(pending) == self._max_in_flight:
-                        collect()
-                    # No place: a call of our own that ends makes room; only where none is left do others have to.
-                    while (call := self._connection.start(request, count, most, seconds, wait=not pending)) is None:
-                        collect()
-                    pending.append((chunk.positions, call))
-                while pending:
-                    collect()
+                    bulk.send(positions, request)
+                bulk.finish()
             finally:
-                for _, call in pending:
-                    call.cancel()
+                bulk.cancel()
         codes = reply.codes()
         if codes.errors and on_error == "raise":
             count = len(codes.errors) + len(codes)

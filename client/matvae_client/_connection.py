@@ -33,9 +33,8 @@ _SERVICE_CONFIG = json.dumps(
             }
         ],
         # The retry budget (grpc/proposal A6). A failed attempt, with or without a pushback, takes a token, an answered
-        # call gives a tenth back, and below half of them nothing is retried: a burst of fifty failures is ridden out,
-        # an overload that lasts gets a tenth of the answered calls in retries. gRPC keeps the tokens per target, for
-        # all channels of the process.
+        # call gives a tenth back, and at half of them nothing is retried: a client rides out a burst of fifty failures,
+        # and in an overload that lasts it retries once for every ten calls that are answered.
         "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
     }
 )
@@ -76,7 +75,7 @@ class Sent:
         """End it; nobody wants the reply."""
         self._call.cancel()
 
-    def when_done(self, then: Callable[[], object]) -> None:
+    def when_done(self, then: Callable[[], None]) -> None:
         """Call `then` when `result` will not wait: here and now, or on gRPC's thread."""
         self._call.add_done_callback(lambda _: then())
 

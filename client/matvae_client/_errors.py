@@ -20,7 +20,7 @@ The message is for a person and says what to do; attributes are for programs.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import grpc
 
@@ -164,7 +164,8 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float) -> MatvaeE
         when = "later" if seconds is None else f"in {seconds:g} s"
         return OverloadedError(f"{target} is overloaded: try again {when} ({text})", seconds)
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
-        if any(key == _STATUS_KEY for key, _ in error.trailing_metadata() or ()):  # the server refused, in its words
+        metadata: Any = error.trailing_metadata() or ()
+        if _STATUS_KEY in dict(metadata):  # the server refused, in its words
             return DeadlineError(
                 f"{target} could not answer within {timeout:g} s ({text}): a larger timeout= waits longer"
             )
