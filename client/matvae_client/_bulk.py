@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae_client._connection import Connection, Sent
-from matvae_client._errors import OverloadedError
+from matvae_client._errors import DeadlineError, OverloadedError
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 0.5  # seconds, doubled in between
 
@@ -70,10 +70,16 @@ class Bulk:
     def _collect(self) -> None:
         """Take the next reply."""
         first, pause = self._pending[0], _FIRST_PAUSE
+        refusal: OverloadedError | None = None
         while True:
             try:
                 reply = first.call.result()
+            except DeadlineError:
+                if refusal is not None:  # says more: why, and when to come back
+                    raise refusal from None
+                raise
             except OverloadedError as error:
+                refusal = error
                 wait = max(error.retry_after or 0.0, random.uniform(0, pause))
                 left = first.until - time.monotonic() - wait
                 if left <= 0:

@@ -11,8 +11,6 @@ calls, which gRPC retries as the server says; an `EmbedStream` in their place wa
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import copy
 import threading
 import time
 from collections import deque
@@ -23,48 +21,15 @@ import numpy as np
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae_client import _images
+from matvae_client._callers import Caller, Reply, deliver, failure, outcome_of
 from matvae_client._codes import Codes
 from matvae_client._connection import Connection, Sent
-from matvae_client._errors import DeadlineError, ImageErrors, InvalidRequestError, ItemError, UnavailableError
+from matvae_client._errors import DeadlineError, InvalidRequestError, ItemError, UnavailableError
 from matvae_client._in_flight import Place, most_images
 from matvae_client._replies import Replies, Wanted
 
 if TYPE_CHECKING:
     from matvae_client._images import Image, ImageLike
-
-
-class _Caller:
-    """One image and who waits for its code: a thread, on `lock`, or a coroutine, on `future`."""
-
-    __slots__ = ("future", "gone", "image", "index", "lock", "loop", "reply", "until")
-
-    def __init__(self, image: Image, until: float) -> None:
-        self.image = image
-        self.until = until
-        self.gone = False
-        self.index = 0
-        self.reply: _Reply | Exception | None = None
-        self.lock: threading.Lock | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.future: asyncio.Future[None] | None = None
-
-
-class _Reply:
-    """What came back to one message, checked once for all of its callers."""
-
-    def __init__(self, wanted: Wanted, count: int, response: pb.EmbedResponse) -> None:
-        replies = Replies(wanted)
-        replies.add(list(range(count)), response)
-        self._codes = replies.codes()
-        self._failed = {error.index: error for error in self._codes.errors}
-        self._rows = {index: row for row, index in enumerate(i for i in range(count) if i not in self._failed)}
-
-    def code(self, index: int) -> Codes:
-        """The code of one of the message's images. Raises ImageErrors where it has none."""
-        error = self._failed.get(index)
-        if error is not None:
-            raise _failure(ItemError(0, error.code, error.message), self._codes[:0])
-        return self._codes.single(self._rows[index])
 
 
 class Coalescer:
@@ -87,7 +52,7 @@ class Coalescer:
         self._room = _images.room_for_images(self._limits, template)
         self._most = most_images(self._limits.max_queue_images)
         self._lock = threading.Lock()
-        self._waiting: dict[bool, deque[_Caller]] = {False: deque(), True: deque()}  # raw pixels, encoded files
+        self._waiting: dict[bool, deque[Caller]] = {False: deque(), True: deque()}  # raw pixels, encoded files
         self._messages: set[_Message] = set()
         self._closed = False
 
@@ -107,7 +72,7 @@ class Coalescer:
             for queue in self._waiting.values():
                 queue.clear()
             messages = list(self._messages)
-        _deliver(waiting, self._closed_error())
+        deliver(waiting, self._closed_error())
         for message in messages:
             message.cancel()
 
@@ -125,7 +90,7 @@ class Coalescer:
             caller.gone = not answered
         if not answered:
             raise self._late()
-        return _outcome(caller)
+        return outcome_of(caller)
 
     async def embed_async(self, image: ImageLike) -> Codes:
         """The code of one image; other coroutines run until it is there."""
@@ -146,7 +111,7 @@ class Coalescer:
             raise self._late() from None
         finally:
             caller.gone = caller.reply is None
-        return _outcome(caller)
+        return outcome_of(caller)
 
     def _read(self, image: ImageLike) -> Image:
         item = _images.read(image, 0, self._shape, self._limits)
@@ -156,13 +121,13 @@ class Coalescer:
             wanted = self._wanted
             empty = Replies(wanted)
             empty.errors.append(item)
-            raise _failure(item, empty.codes())
+            raise failure(item, empty.codes())
         return item
 
-    def _caller(self, image: Image) -> _Caller:
-        return _Caller(image, time.monotonic() + self._seconds)
+    def _caller(self, image: Image) -> Caller:
+        return Caller(image, time.monotonic() + self._seconds)
 
-    def _enqueue(self, caller: _Caller) -> bool:
+    def _enqueue(self, caller: Caller) -> bool:
         """Put a caller in the queue; whether a message may leave."""
         with self._lock:
             if self._closed:
@@ -189,7 +154,7 @@ class Coalescer:
             return None
         queue = min(queues, key=lambda queue: queue[0].until)
         chunk = _images.Chunk(queue[0].image.encoded)
-        callers: list[_Caller] = []
+        callers: list[Caller] = []
         while queue:
             caller = queue[0]
             if not caller.gone:
@@ -212,7 +177,7 @@ class Coalescer:
 class _Message:
     """Images that leave together, and their callers."""
 
-    def __init__(self, owner: Coalescer, chunk: _images.Chunk, callers: list[_Caller]) -> None:
+    def __init__(self, owner: Coalescer, chunk: _images.Chunk, callers: list[Caller]) -> None:
         self._owner, self._chunk, self._callers = owner, chunk, callers
         self._place: Place | None = None
         self._call: Sent | None = None
@@ -221,10 +186,18 @@ class _Message:
         """Send it when there is a place for it."""
         owner = self._owner
         self._place = owner._connection.in_flight.request(len(self._callers), owner._most, self._start)
+        self._stop_if_over()
 
     def cancel(self) -> None:
         """Its callers fail now."""
         self._end(self._owner._closed_error())
+        self._stop_if_over()
+
+    def _stop_if_over(self) -> None:
+        """Of `cancel` and whoever is sending, the later one sees both the end and what is to be stopped."""
+        with self._owner._lock:
+            if self in self._owner._messages:
+                return
         if self._call is not None:
             self._call.cancel()
         elif self._place is not None:
@@ -234,57 +207,27 @@ class _Message:
         owner = self._owner
         try:
             request = self._chunk.request(owner._template, owner._shape)
-            seconds = max(0.001, self._callers[-1].until - time.monotonic())
-            self._call = owner._connection.start_in(place, request, seconds)
+            left = max(0.001, self._callers[-1].until - time.monotonic())
+            self._call = owner._connection.start_in(place, request, left, owner._seconds)
         except Exception as error:
             self._end(error)
         else:
             self._call.when_done(self._take)
+            self._stop_if_over()
 
     def _take(self) -> None:
         assert self._call is not None
         try:
-            outcome: _Reply | Exception = _Reply(self._owner._wanted, len(self._callers), self._call.result())
+            outcome: Reply | Exception = Reply(self._owner._wanted, len(self._callers), self._call.result())
         except Exception as error:
             outcome = error
         self._end(outcome)
 
-    def _end(self, outcome: _Reply | Exception) -> None:
+    def _end(self, outcome: Reply | Exception) -> None:
         owner = self._owner
         with owner._lock:
             if self not in owner._messages:
                 return
             owner._messages.remove(self)
         owner._send_next()  # first: meanwhile the server would wait
-        _deliver(self._callers, outcome)
-
-
-def _deliver(callers: list[_Caller], outcome: _Reply | Exception) -> None:
-    futures: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
-    for caller in callers:
-        caller.reply = outcome
-        if caller.lock is not None:
-            caller.lock.release()
-        elif caller.loop is not None and caller.future is not None:
-            futures.setdefault(caller.loop, []).append(caller.future)
-    for loop, those in futures.items():
-        with contextlib.suppress(RuntimeError):  # a loop that is closed has nobody who waits
-            loop.call_soon_threadsafe(_wake, those)
-
-
-def _wake(futures: list[asyncio.Future[None]]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)
-
-
-def _outcome(caller: _Caller) -> Codes:
-    reply = caller.reply
-    if isinstance(reply, Exception):
-        raise copy.copy(reply) from reply.__cause__  # each caller's own: a traceback grows where it is raised
-    assert reply is not None
-    return reply.code(caller.index)
-
-
-def _failure(error: ItemError, empty: Codes) -> ImageErrors:
-    return ImageErrors(f"the image failed: {error.message}", empty, (error,))
+        deliver(self._callers, outcome)

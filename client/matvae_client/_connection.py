@@ -117,12 +117,12 @@ class Connection:
             if not wait:
                 return None
             place, left = self._place(images, most, seconds)
-        return self.start_in(place, request, left)
+        return self.start_in(place, request, left, seconds)
 
-    def start_in(self, place: Place, request: pb.EmbedRequest, seconds: float) -> Sent:
-        """An `Embed` under way, in a place that is held."""
+    def start_in(self, place: Place, request: pb.EmbedRequest, left: float, seconds: float) -> Sent:
+        """An `Embed` under way, in a place that is held; `left` of its `seconds` are left."""
         try:
-            return Sent(self, self.stub.Embed.future(request, timeout=seconds), place, seconds)
+            return Sent(self, self.stub.Embed.future(request, timeout=left), place, seconds)
         except BaseException as error:
             place.release()
             if isinstance(error, ValueError):

@@ -332,16 +332,16 @@ def test_many_images_outlive_an_overload(faulty: FaultyServer, faulty_client: Em
     assert len(faulty.requests) == 25 + 20
 
 
-def test_many_images_give_up_at_the_deadline_of_one_request(
+def test_many_images_give_up_where_the_server_wants_more_time_than_there_is(
     faulty: FaultyServer, faulty_client: EmbeddingClient
 ) -> None:
-    wait = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(nanos=10_000_000))
+    wait = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1000))
     full = grpc.StatusCode.RESOURCE_EXHAUSTED
     faulty.embed = lambda _, context: _abort(context, full, "full", wait, pushback="-1")  # type: ignore[return-value]
-    with pytest.raises(OverloadedError, match=r"in 0\.01 s") as caught:
-        faulty_client.embed(faulty.images(99), timeout=0.5)
-    assert caught.value.retry_after == 0.01
-    assert len({request.raw.pixels for request in faulty.requests}) == 4  # nothing new was sent meanwhile
+    with pytest.raises(OverloadedError, match=r"in 1000 s") as caught:
+        faulty_client.embed(faulty.images(99))
+    assert caught.value.retry_after == 1000
+    assert len(faulty.requests) <= 4
 
 
 def test_a_refusal_for_the_deadline_says_what_was_predicted(

@@ -136,10 +136,10 @@ def test_places_come_back_however_a_call_ends(faulty: FaultyServer, size: int) -
     faulty.described.limits.max_queue_images = 8
     with EmbeddingClient(faulty.address) as client:
         places = in_flight.to(faulty.address)
-        for embed, error in ((hang, DeadlineError), (broken, ServerError)):
+        for embed, error, seconds in ((hang, DeadlineError, 0.3), (broken, ServerError, SECONDS)):
             faulty.embed = embed
             with pytest.raises(error):
-                client.embed(faulty.images(size), timeout=0.3)
+                client.embed(faulty.images(size), timeout=seconds)
             places.wait(8, 8, SECONDS).release()  # all are there, or will be: gRPC gives back on its own thread
         faulty.embed = lambda request, _: faulty.honest(request)
         assert len(client.embed(faulty.images(size))) == size
