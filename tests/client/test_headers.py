@@ -49,4 +49,4 @@ def test_requests_keep_to_the_servers_pixels(faulty: FaultyServer, faulty_client
     faulty.described.limits.max_request_pixels = 350
     files = [_file((10, 10), "L", "PNG")] * 4 + [_file((30, 30), "L", "PNG")] + [_file((10, 10), "L", "PNG")] * 2
     faulty_client.embed(files)
-    assert [len(request.encoded.files) for request in faulty.requests] == [3, 1, 1, 2]
+    assert sorted(len(request.encoded.files) for request in faulty.requests) == [1, 1, 2, 3]
