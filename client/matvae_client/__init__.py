@@ -14,6 +14,7 @@ from matvae_client._card import InputSpec, Limits, Metric, ModelCard, ModelSumma
 from matvae_client._cascade import CascadeAnswers, CascadeClassifier, CascadeReport
 from matvae_client._classifier import PrefixClassifier
 from matvae_client._client import EmbeddingClient
+from matvae_client._coalescer import Coalescer
 from matvae_client._codes import Codes
 from matvae_client._credentials import Credentials
 from matvae_client._errors import (
@@ -44,6 +45,7 @@ __all__ = [
     "CascadeAnswers",
     "CascadeClassifier",
     "CascadeReport",
+    "Coalescer",
     "Codes",
     "CodesDirectory",
     "Credentials",

@@ -36,12 +36,20 @@ class InputSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the server accepts in one request."""
+    """What the server accepts in one request, and beside it. This client keeps to all of it.
+
+    `max_request_pixels` are those of a request's encoded images together; `max_queue_images` may wait for the encoder;
+    `min_ping_interval_ms` is how often keepalive pings may come. In these three 0 is an older server, which has no such
+    limit or does not tell it.
+    """
 
     max_images_per_request: int
     max_message_bytes: int
     max_image_pixels: int
     min_image_side: int
+    max_request_pixels: int = 0
+    max_queue_images: int = 0
+    min_ping_interval_ms: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,12 +138,7 @@ class ModelCard:
             metrics=tuple(_metric(metric) for metric in card.metrics if metric.precision in codec.PRECISION_NAMES),
             heads=tuple((HEAD_KIND_NAMES[h.kind], h.dimensions) for h in card.heads if h.kind in HEAD_KIND_NAMES),
             provenance=dict(card.provenance),
-            limits=Limits(
-                max_images_per_request=limits.max_images_per_request,
-                max_message_bytes=limits.max_message_bytes,
-                max_image_pixels=limits.max_image_pixels,
-                min_image_side=limits.min_image_side,
-            ),
+            limits=Limits(**{field.name: getattr(limits, field.name) for field in dataclasses.fields(Limits)}),
             runtime=response.runtime,
             compute_precision=COMPUTE_PRECISIONS.get(response.compute_precision, "unknown"),
             server_version=response.server_version,

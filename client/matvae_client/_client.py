@@ -8,9 +8,7 @@ cancelled.
 
 from __future__ import annotations
 
-import operator
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -21,8 +19,10 @@ from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_client import _images
 from matvae_client._budget import Budget
+from matvae_client._bulk import Bulk
 from matvae_client._card import HEAD_KINDS, ModelCard, ModelSummary
 from matvae_client._classifier import PrefixClassifier
+from matvae_client._coalescer import Coalescer
 from matvae_client._codes import Codes
 from matvae_client._connection import Connection, Reply, Request
 from matvae_client._credentials import Credentials
@@ -33,8 +33,9 @@ from matvae_client._errors import (
     ServerError,
 )
 from matvae_client._galleries import GallerySummary, pull_gallery
+from matvae_client._in_flight import most_images
 from matvae_client._progress import Progress, ProgressOption
-from matvae_client._replies import Replies, check_fingerprint, check_slice
+from matvae_client._replies import Replies, Wanted, check_fingerprint, check_slice, whole
 from matvae_client._store import CodesDirectory
 
 if TYPE_CHECKING:
@@ -46,9 +47,10 @@ class EmbeddingClient:
     """Talks to one matvae server; thread-safe, a context manager.
 
     `model` is a name that the server knows, its default model where empty. `timeout` is the deadline of each request in
-    seconds. `max_in_flight` requests of one `embed` run at a time. `credentials` are for a server with TLS or tokens; a
-    token goes over TLS, or to this machine. A `channel` of your own (interceptors, a test) is used as it is and left
-    open.
+    seconds. `max_in_flight` requests of one `embed` run at a time; all clients of a process together have no more than
+    1,024 images under way to one target, nor more than its queue holds, and wait in turn beyond that. Each client has a
+    connection of its own. `credentials` are for a server with TLS or tokens; a token goes over TLS, or to this machine.
+    A `channel` of your own (interceptors, a test) is used as it is and left open.
 
         with EmbeddingClient("localhost:50051") as client:
             codes = client.embed(["a.png", "b.jpg"], dimensions=32, precision="int8")
@@ -125,7 +127,7 @@ class EmbeddingClient:
         if kind not in HEAD_KINDS:
             raise InvalidRequestError.of("kind", f"{kind!r} is not {' or '.join(HEAD_KINDS)}")
         card = self.model()
-        if not 1 <= _whole("dimensions", dimensions) <= card.dimensions:
+        if not 1 <= whole("dimensions", dimensions) <= card.dimensions:
             raise InvalidRequestError.of("dimensions", f"{dimensions} is not between 1 and {card.dimensions}")
         request = pb.GetHeadRequest(
             model=self._model_name,
@@ -173,54 +175,32 @@ class EmbeddingClient:
         if on_error not in ("raise", "skip"):
             raise InvalidRequestError.of("on_error", f"{on_error!r} is neither 'raise' nor 'skip'")
         card = self.model()
-        if budget is not None:
-            if (dimensions, precision, offset) != (None, None, None):
-                raise InvalidRequestError.of("budget", "it chooses dimensions and precision: give it or them, not both")
-            plan = budget.plan(card)
-            dimensions, precision = plan.dimensions, plan.precision
-        stop = card.dimensions if dimensions is None else _whole("dimensions", dimensions)
-        offset, precision = _whole("offset", offset or 0), precision or "float32"
-        reply = Replies(card, stop, offset, precision)
-        template = pb.EmbedRequest(
-            model=self._model_name,
-            dimensions=stop,
-            offset=offset,
-            precision=codec.PRECISIONS[precision],
-            expected_fingerprint=card.fingerprint,
-        )
+        wanted = Wanted.of(card, dimensions, precision, offset, budget)
+        template, reply = wanted.request(self._model_name), Replies(wanted)
         single, total = _images.one_by_one(images, card.input.shape)
         seconds = self._seconds(timeout)
-        pending: deque[tuple[list[int], grpc.Future[pb.EmbedResponse]]] = deque()
-
+        most = most_images(card.limits.max_queue_images)
         with Progress(progress, total, long=4 * card.limits.max_images_per_request) as bar:
-
-            def collect() -> None:
-                positions, call = pending[0]
-                take(positions, self._connection.result(call, seconds))
-                pending.popleft()
 
             def take(positions: list[int], answer: pb.EmbedResponse) -> None:
                 reply.add(positions, answer)
                 bar.advance(len(positions))
 
+            bulk = Bulk(self._connection, max_in_flight=self._max_in_flight, most=most, seconds=seconds, take=take)
             try:
                 for chunk in _images.chunks(reply.noting_paths(single), card.input.shape, card.limits, template):
                     if isinstance(chunk, ItemError):
                         reply.errors.append(chunk)
                         bar.advance(1)
                         continue
-                    request = chunk.request(template, card.input.shape)
-                    if len(chunk.positions) == total:  # one request in all: a plain call is cheaper than a future
-                        take(chunk.positions, self._call(self._stub.Embed, request, seconds))
+                    request, positions = chunk.request(template, card.input.shape), chunk.positions
+                    if len(positions) == total:  # one request in all: a plain call is cheaper than a future
+                        take(positions, self._connection.embed(request, len(positions), most, seconds))
                         break
-                    if len(pending) == self._max_in_flight:
-                        collect()
-                    pending.append((chunk.positions, self._connection.start(request, seconds)))
-                while pending:
-                    collect()
+                    bulk.send(positions, request)
+                bulk.finish()
             finally:
-                for _, call in pending:
-                    call.cancel()
+                bulk.cancel()
         codes = reply.codes()
         if codes.errors and on_error == "raise":
             count = len(codes.errors) + len(codes)
@@ -231,6 +211,30 @@ class EmbeddingClient:
                 codes.errors,
             )
         return codes
+
+    def coalesce(
+        self,
+        *,
+        dimensions: int | None = None,
+        precision: str | None = None,
+        offset: int | None = None,
+        budget: Budget | None = None,
+        max_in_flight: int = 2,
+        timeout: float | None = None,
+    ) -> Coalescer:
+        """For many threads or coroutines that embed one image each: a `Coalescer`, through which they share messages.
+
+        The codes wanted are said as in `embed`. `timeout` is how long one image may take, in seconds, its waiting here
+        included.
+        """
+        wanted = Wanted.of(self.model(), dimensions, precision, offset, budget)
+        return Coalescer(
+            self._connection,
+            wanted,
+            wanted.request(self._model_name),
+            max_in_flight=max_in_flight,
+            seconds=self._seconds(timeout),
+        )
 
     def galleries(self) -> tuple[GallerySummary, ...]:
         """The galleries that the server keeps: codes to be pulled."""
@@ -266,8 +270,8 @@ class EmbeddingClient:
         """
         seconds = self._seconds(timeout)
         card = self.model()
-        stop = card.dimensions if dimensions is None else _whole("dimensions", dimensions)
-        check_slice(card, stop, _whole("offset", offset), precision)
+        stop = card.dimensions if dimensions is None else whole("dimensions", dimensions)
+        check_slice(card, stop, whole("offset", offset), precision)
         request = pb.PullGalleryRequest(
             gallery=gallery,
             dimensions=stop,
@@ -298,10 +302,3 @@ class EmbeddingClient:
 def _check_timeout(timeout: float) -> None:
     if not timeout > 0:
         raise InvalidRequestError.of("timeout", f"{timeout} is not above 0 seconds")
-
-
-def _whole(field: str, number: int) -> int:
-    try:
-        return operator.index(number)
-    except TypeError:
-        raise InvalidRequestError.of(field, f"{number!r} is not a whole number") from None

@@ -89,7 +89,7 @@ class OverloadedError(MatvaeError):
 
 
 class DeadlineError(MatvaeError):
-    """The server did not answer within the deadline of the call."""
+    """No answer within the deadline of the call, or a prediction of the server that there would be none."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -143,6 +143,9 @@ class FormatError(MatvaeError):
     """A codes, index or classifier file, or a model card, is damaged, of another kind, or of a newer format."""
 
 
+_STATUS_KEY = "grpc-status-details-bin"
+"""Trailing metadata that a server writes, and gRPC itself does not."""
+
 _BY_STATUS: dict[grpc.StatusCode, type[MatvaeError]] = {
     error.code: error for error in (NotFoundError, FingerprintMismatchError) if error.code is not None
 }
@@ -161,6 +164,11 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float) -> MatvaeE
         when = "later" if seconds is None else f"in {seconds:g} s"
         return OverloadedError(f"{target} is overloaded: try again {when} ({text})", seconds)
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+        metadata: Any = error.trailing_metadata() or ()
+        if _STATUS_KEY in dict(metadata):  # the server refused, in its words
+            return DeadlineError(
+                f"{target} could not answer within {timeout:g} s ({text}): a larger timeout= waits longer"
+            )
         return DeadlineError(
             f"no answer from {target} within {timeout:g} s: is it overloaded? A larger timeout= waits longer"
         )

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from matvae.v1 import embedding_pb2 as pb
+from matvae_client import _headers
 from matvae_client._card import Limits
 from matvae_client._errors import InvalidRequestError, ItemError
 
@@ -37,14 +38,40 @@ class Image:
     data: bytes
     encoded: bool
 
+    @property
+    def size(self) -> int:
+        """Bytes that it adds to a message."""
+        return len(self.data) + _ITEM_OVERHEAD
 
-@dataclasses.dataclass(frozen=True, slots=True)
+
+@dataclasses.dataclass(slots=True)
 class Chunk:
     """Images of one request; `positions` are their places among the caller's images."""
 
-    positions: list[int]
-    images: list[bytes]
     encoded: bool
+    positions: list[int] = dataclasses.field(default_factory=list)
+    images: list[bytes] = dataclasses.field(default_factory=list)
+    size: int = 0
+    pixels: int = 0
+
+    def add(self, position: int, image: Image, limits: Limits, room: int) -> bool:
+        """Take an image of this kind, where the limits let the request have one more; whether they do.
+
+        `room` is how many bytes a message has for images.
+        """
+        # Of an encoded file the server counts the pixels too; the first of a request may have any number.
+        pixels = _headers.pixels(image.data) if self.encoded and limits.max_request_pixels else 0
+        if self.images and (
+            len(self.images) >= limits.max_images_per_request
+            or self.size + image.size > room
+            or (pixels and self.pixels + pixels > limits.max_request_pixels)
+        ):
+            return False
+        self.positions.append(position)
+        self.images.append(image.data)
+        self.size += image.size
+        self.pixels += pixels
+        return True
 
     def request(self, template: pb.EmbedRequest, shape: Shape) -> pb.EmbedRequest:
         """The request that sends them, everything else being as in `template`."""
@@ -115,29 +142,38 @@ def chunks(
 
     At most two chunks are being filled at a time, so that alternating kinds do not make small requests.
     """
-    room = limits.max_message_bytes - template.ByteSize() - 64  # 64: shape, tags and lengths of what holds the images
+    room = room_for_images(limits, template)
     filling: dict[bool, Chunk] = {}
-    sizes = {False: 0, True: 0}
     for position, image in enumerate(images):
         item = read(image, position, shape, limits)
+        if isinstance(item, Image) and item.size > room:
+            item = too_large(position, limits)
         if isinstance(item, ItemError):
             yield item
             continue
-        size = len(item.data) + _ITEM_OVERHEAD
-        if size > room:
-            yield _too_large(position, limits)
-            continue
         chunk = filling.get(item.encoded)
-        if chunk and (len(chunk.images) >= limits.max_images_per_request or sizes[item.encoded] + size > room):
+        if chunk and not chunk.add(position, item, limits, room):
             yield filling.pop(item.encoded)
             chunk = None
         if chunk is None:
-            chunk = filling[item.encoded] = Chunk([], [], item.encoded)
-            sizes[item.encoded] = 0
-        chunk.positions.append(position)
-        chunk.images.append(item.data)
-        sizes[item.encoded] += size
+            chunk = filling[item.encoded] = Chunk(item.encoded)
+            chunk.add(position, item, limits, room)
     yield from filling.values()
+
+
+def room_for_images(limits: Limits, template: pb.EmbedRequest) -> int:
+    """Bytes that the images of one message may take."""
+    return limits.max_message_bytes - template.ByteSize() - 64  # 64: shape, tags and lengths of what holds the images
+
+
+def too_large(position: int, limits: Limits) -> ItemError:
+    """What becomes of an image that no message can hold."""
+    return ItemError(
+        position,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f"it does not fit into a message of {limits.max_message_bytes} bytes, the server's limit: "
+        "scale the image down or compress it",
+    )
 
 
 def _is_pil(image: object) -> bool:
@@ -172,12 +208,3 @@ def _png(image: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1, **({"exif": exif} if exif else {}))
     return buffer.getvalue()
-
-
-def _too_large(position: int, limits: Limits) -> ItemError:
-    return ItemError(
-        position,
-        grpc.StatusCode.INVALID_ARGUMENT,
-        f"it does not fit into a message of {limits.max_message_bytes} bytes, the server's limit: "
-        "scale the image down or compress it",
-    )

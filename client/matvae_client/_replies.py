@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 from collections.abc import Iterable, Iterator
+from typing import Self
 
 import grpc
 import numpy as np
 
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
+from matvae_client._budget import Budget
 from matvae_client._card import ModelCard
 from matvae_client._codes import Codes
 from matvae_client._errors import FingerprintMismatchError, InvalidRequestError, ItemError, ServerError
@@ -19,14 +22,54 @@ from matvae_client._images import ImageLike
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-class Replies:
-    """What one `embed` asked of the model of `card`, and what has come back.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The codes z[offset:dimensions] that are asked of the model of `card`.
 
-    Raises InvalidRequestError where the model has no such codes.
+    Raises InvalidRequestError where it has none such.
     """
 
-    def __init__(self, card: ModelCard, dimensions: int, offset: int, precision: str) -> None:
-        check_slice(card, dimensions, offset, precision)
+    card: ModelCard
+    dimensions: int
+    offset: int
+    precision: str
+
+    def __post_init__(self) -> None:
+        check_slice(self.card, self.dimensions, self.offset, self.precision)
+
+    @classmethod
+    def of(
+        cls, card: ModelCard, dimensions: int | None, precision: str | None, offset: int | None, budget: Budget | None
+    ) -> Self:
+        """From what a caller says, None being the default. Raises BudgetError where nothing fits the budget."""
+        if budget is not None:
+            if (dimensions, precision, offset) != (None, None, None):
+                raise InvalidRequestError.of("budget", "it chooses dimensions and precision: give it or them, not both")
+            plan = budget.plan(card)
+            dimensions, precision = plan.dimensions, plan.precision
+        return cls(
+            card=card,
+            dimensions=card.dimensions if dimensions is None else whole("dimensions", dimensions),
+            offset=whole("offset", offset or 0),
+            precision=precision or "float32",
+        )
+
+    def request(self, model: str) -> pb.EmbedRequest:
+        """A request for them, which lacks images."""
+        return pb.EmbedRequest(
+            model=model,
+            dimensions=self.dimensions,
+            offset=self.offset,
+            precision=codec.PRECISIONS[self.precision],
+            expected_fingerprint=self.card.fingerprint,
+        )
+
+
+class Replies:
+    """What has come back to one `embed`."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        card, dimensions, offset, precision = wanted.card, wanted.dimensions, wanted.offset, wanted.precision
         self.errors: list[ItemError] = []
         self._card, self._dimensions, self._offset, self._precision = card, dimensions, offset, precision
         self._row_bytes = codec.bytes_per_vector(dimensions - offset, precision)
@@ -111,3 +154,11 @@ def check_slice(card: ModelCard, dimensions: int, offset: int, precision: str) -
         raise InvalidRequestError.of("offset", f"{offset} is not between 0 and {dimensions - 1}, below dimensions")
     if precision == "binary" and offset % 8:
         raise InvalidRequestError.of("offset", f"{offset} is not a multiple of 8, which binary codes need")
+
+
+def whole(field: str, number: int) -> int:
+    """`number` as an int. Raises InvalidRequestError where it is no whole number."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise InvalidRequestError.of(field, f"{number!r} is not a whole number") from None

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import grpc
@@ -63,6 +62,19 @@ class _Failure(grpc.RpcError):
         return None
 
 
+class _Answered:
+    """The future of a call that is over."""
+
+    def __init__(self, result: Callable[[], Any]) -> None:
+        self.result = result
+
+    def cancel(self) -> bool:
+        return False
+
+    def add_done_callback(self, then: Callable[[Any], object]) -> None:
+        then(self)
+
+
 class _Channel(grpc.Channel):
     """What a stub needs of a channel, answered by this module's functions."""
 
@@ -72,10 +84,7 @@ class _Channel(grpc.Channel):
         def call(request: Any, timeout: float | None = None) -> Any:  # noqa: ARG001
             return answer(type(request).FromString(request_serializer(request)))
 
-        def future(request: Any, timeout: float | None = None) -> Any:
-            return SimpleNamespace(result=lambda: call(request, timeout), cancel=lambda: False)
-
-        call.future = future  # type: ignore[attr-defined]
+        call.future = lambda request, timeout=None: _Answered(lambda: call(request, timeout))  # type: ignore[attr-defined]
         return call
 
     def unary_stream(self, *_: Any, **__: Any) -> Any:

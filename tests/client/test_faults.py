@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import TYPE_CHECKING
@@ -287,6 +288,69 @@ def test_an_overloaded_server_says_when_to_come_back(faulty: FaultyServer, fault
         faulty_client.embed(faulty.images(1))
     assert caught.value.retry_after == 1.5
     assert len(faulty.requests) == 1  # a negative pushback: do not retry
+
+
+def test_a_retry_waits_as_long_as_the_server_says(faulty: FaultyServer, faulty_client: EmbeddingClient) -> None:
+    arrived: list[float] = []
+
+    def embed(request: pb.EmbedRequest, context: grpc.ServicerContext) -> pb.EmbedResponse:
+        arrived.append(time.monotonic())
+        if len(arrived) == 1:
+            _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "full", pushback="300")
+        return faulty.honest(request)
+
+    faulty.embed = embed
+    assert len(faulty_client.embed(faulty.images(1))) == 1
+    first, second = arrived
+    assert second - first >= 0.3  # gRPC's own backoff would be 0.1 s at most
+
+
+@pytest.mark.parametrize("status", [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE])
+def test_an_overload_that_lasts_uses_up_the_retries_and_not_the_server(
+    faulty: FaultyServer, faulty_client: EmbeddingClient, status: grpc.StatusCode
+) -> None:
+    calls, tokens = 100, 100
+    faulty_client.model()
+    faulty.embed = lambda _, context: _abort(context, status, "full", pushback="1")  # type: ignore[return-value]
+    for _ in range(calls):
+        with pytest.raises((OverloadedError, UnavailableError)):
+            faulty_client.embed(faulty.images(1))
+    assert calls < len(faulty.requests) <= calls + tokens / 2  # 4 attempts each without the budget
+
+
+def test_many_images_outlive_an_overload(faulty: FaultyServer, faulty_client: EmbeddingClient) -> None:
+    """More refusals than one call has retries: what was embedded before them is not lost."""
+    full, refusals = grpc.StatusCode.RESOURCE_EXHAUSTED, iter(range(20))
+
+    def embed(request: pb.EmbedRequest, context: grpc.ServicerContext) -> pb.EmbedResponse:
+        if request.raw.pixels[1] >= 8 and next(refusals, None) is not None:
+            _abort(context, full, "full", pushback="1")
+        return faulty.honest(request)
+
+    faulty.embed = embed
+    assert _first_pixels(faulty_client.embed(faulty.images(99))) == list(range(99))
+    assert len(faulty.requests) == 25 + 20
+
+
+def test_many_images_give_up_where_the_server_wants_more_time_than_there_is(
+    faulty: FaultyServer, faulty_client: EmbeddingClient
+) -> None:
+    wait = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1000))
+    full = grpc.StatusCode.RESOURCE_EXHAUSTED
+    faulty.embed = lambda _, context: _abort(context, full, "full", wait, pushback="-1")  # type: ignore[return-value]
+    with pytest.raises(OverloadedError, match=r"in 1000 s") as caught:
+        faulty_client.embed(faulty.images(99))
+    assert caught.value.retry_after == 1000
+    assert len(faulty.requests) <= 4
+
+
+def test_a_refusal_for_the_deadline_says_what_was_predicted(
+    faulty: FaultyServer, faulty_client: EmbeddingClient
+) -> None:
+    late = grpc.StatusCode.DEADLINE_EXCEEDED
+    faulty.embed = lambda _, context: _abort(context, late, "predicted in 900 ms")  # type: ignore[return-value]
+    with pytest.raises(DeadlineError, match=rf"{faulty.address}.* within 30 s \(predicted in 900 ms\).*timeout="):
+        faulty_client.embed(faulty.images(1))
 
 
 @pytest.mark.parametrize("status", [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE])
