@@ -60,7 +60,7 @@ def embed_files(
     offset: int = 0,
 ) -> tuple[Codes, list[tuple[str, str]]]:
     """The codes of the usable files under `paths`, their ids the paths; and (path, why) of the others."""
-    files = list_files(paths)
+    files = list(dict.fromkeys(list_files(paths)))  # an id names one code, also where a path was given twice
     codes = client.embed(files, dimensions=dimensions, precision=precision, offset=offset, on_error="skip")
     return _named(codes, files)
 

@@ -14,9 +14,9 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ _SHARD_FORMAT = "matvae-codes"
 _PLAIN_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]*")
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "U32": np.dtype("<u4"), "F32": np.dtype("<f4")}
 _HASH_BLOCK = 2**20
+
+Result = TypeVar("Result")
 
 
 class StoreError(ValueError):
@@ -169,6 +171,11 @@ class Part:
         ids = _split(self.path, self.names, self.sizes)
         return ids if self.live is None else [ids[position] for position in self.live]
 
+    def row(self, place: int) -> codec.Bytes:
+        """The `place`-th of the rows that count, uint8 (bytes per row,)."""
+        row: codec.Bytes = self.rows[place if self.live is None else self.live[place]]
+        return row
+
     def blocks(self, size: int, start: int = 0) -> Iterator[tuple[codec.Bytes, list[str]]]:
         """The rows that count, with their ids, from the `start`-th on, at most `size` at a time."""
         ids = self.ids()
@@ -186,6 +193,21 @@ def parts(folder: Path, manifest: Manifest) -> Iterator[tuple[Shard, Part]]:
             live = np.array([place for place, name in enumerate(part.ids()) if name not in dead], np.int64)
             part = part if len(live) == len(part) else dataclasses.replace(part, live=live)
         yield shard, part
+
+
+def at_newest(folder: Path, read: Callable[[Manifest], Result]) -> Result:
+    """What `read` makes of the newest manifest, or of the one after it where a writer cleared that one's files away.
+
+    Raises StoreError, and what `read` raises.
+    """
+    manifest = Manifest.read(folder)
+    while True:
+        try:
+            return read(manifest)
+        except StoreError:
+            failed, manifest = manifest, Manifest.read(folder)
+            if manifest == failed:
+                raise
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
