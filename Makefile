@@ -7,8 +7,9 @@ SUITES := "tests/proto tests/client" "tests/server tests/training" "tests/bench 
 # The oldest generator whose stubs we support: the lower bounds of grpcio and protobuf in pyproject.toml are its own.
 STUB_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0
 STUBS := .venv-stubs
+BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: demo test lint format stubs lock client-cost wheel clean
+.PHONY: demo test lint format stubs release-proto lock client-cost wheel clean
 
 demo: $(VENV)/.demo  ## the main job, end to end, in under a minute once installed
 	$(BIN)/matvae-bench demo
@@ -21,8 +22,10 @@ lint: $(VENV)/.test  ## ruff, mypy --strict, and buf where npx is to be had
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy client/examples
-	@if command -v npx >/dev/null; then npx --yes @bufbuild/buf@1.75.0 lint proto && echo "buf lint: ok"; \
-	else echo "buf lint: skipped, no npx"; fi
+	@if command -v npx >/dev/null; then \
+		$(BUF) lint proto && $(BUF) breaking proto --against proto/released.binpb && echo "buf lint and breaking: ok"; \
+	elif [ "$$CI" = true ]; then echo "buf: no npx, which CI must have"; exit 1; \
+	else echo "buf: skipped, no npx"; fi
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
@@ -30,6 +33,9 @@ format: $(VENV)/.test
 
 stubs: $(STUBS)/.made  ## write proto/matvae/v1/*_pb2* again
 	$(STUBS)/bin/python proto/generate.py proto
+
+release-proto:  ## at a release: what `buf breaking` compares with from then on
+	$(BUF) build proto --exclude-source-info -o proto/released.binpb
 
 client-cost: $(VENV)/.demo  ## what a constrained client pays: bytes installed, import time, memory
 	$(BIN)/matvae-bench client-cost

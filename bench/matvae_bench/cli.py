@@ -8,6 +8,7 @@ import importlib.util
 import os
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def _run(options: argparse.Namespace) -> None:
         f"{options.users} users, closed loop, {len(runs)} x {options.seconds:g} s, mean ± standard deviation"
     )
     print_table(title, headings, rows)
-    save(options.out, {"served": served, "summary": summary, "runs": runs})
+    out = options.out or Path("bench-results") / f"load-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    save(out, {"served": served, "summary": summary, "runs": runs})
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -226,7 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--users", type=whole_number(1), default=9, help="how many, shared out 3:3:2:1 (default 9)")
     run.add_argument("--seconds", type=duration, default=5, help="how long a run takes (default 5)")
     run.add_argument("--repeats", type=whole_number(1), default=3, help="how many times (default 3)")
-    run.add_argument("--out", type=Path, help="JSON file for the results")
+    run.add_argument(
+        "--out", type=Path, help="JSON file for the results (default bench-results/load-DATE.json, DATE to the second)"
+    )
 
     accuracy = add("accuracy", _accuracy, "accuracy per prefix and precision, through a running server")
     add_server(accuracy)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +52,28 @@ def measure(project: Path, *, imports: int = 15) -> dict[str, Any]:
     """
     if not (project / "pyproject.toml").is_file():
         raise BenchmarkError(f"{project / 'pyproject.toml'} is missing: say --project, the source tree of matvae")
-    with tempfile.TemporaryDirectory(prefix="matvae-client-") as folder, ServerProcess() as server:
-        python = Path(folder) / "bin" / "python"
-        _run(sys.executable, "-m", "venv", folder)
+    with installed(project) as python, ServerProcess() as server:
         packages = Path(_run(str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
-        constraints = project / "constraints.txt"
-        pinned = ["-c", str(constraints)] if constraints.exists() else []
-        _run(str(python), "-m", "pip", "install", "-q", *pinned, str(project))
-        installed = _size(packages)
+        size = _size(packages)
         times = [float(_run(str(python), "-c", _IMPORT)) for _ in range(imports)]
         memory: dict[str, Any] = json.loads(_run(str(python), "-c", _MEMORY, server.address))
     return {
-        "installed_bytes": installed,
+        "installed_bytes": size,
         "import_seconds_median": statistics.median(times),
         "import_seconds": times,
     } | memory
+
+
+@contextlib.contextmanager
+def installed(project: Path) -> Iterator[Path]:
+    """The Python of a new environment that has the client alone, for as long as the block."""
+    with tempfile.TemporaryDirectory(prefix="matvae-client-") as folder:
+        python = Path(folder) / "bin" / "python"
+        _run(sys.executable, "-m", "venv", folder)
+        constraints = project / "constraints.txt"
+        pinned = ["-c", str(constraints)] if constraints.exists() else []
+        _run(str(python), "-m", "pip", "install", "-q", *pinned, str(project))
+        yield python
 
 
 def _run(*command: str) -> str:

@@ -24,6 +24,7 @@ from matvae_client._cli_arguments import add_server_arguments, connect, positive
 from matvae_client._codes import Codes
 from matvae_client._errors import InvalidRequestError, MatvaeError
 from matvae_client._index import PrefixIndex
+from matvae_client._store import load_parts
 
 _EXAMPLES = """\
 examples:
@@ -126,7 +127,10 @@ def _embed(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    stored = Codes.load(options.codes)
+    if options.html is not None:
+        files.check_file(options.html)
+    parts = load_parts(options.codes)
+    stored = parts[0]  # what all have in common
     failed: list[tuple[str, str]] = []
     if options.query_codes is not None:
         queries = files.fit_queries(Codes.load(options.query_codes), options.query_codes, stored, options.codes)
@@ -140,7 +144,10 @@ def _search(options: argparse.Namespace) -> int:
                 precision=stored.precision,
             )
     names = queries.ids or tuple(str(place) for place in range(len(queries)))
-    found = PrefixIndex(stored).search(queries, options.k)
+    index = PrefixIndex()
+    for part in parts:  # without a copy of all beside the index
+        index.add(part)
+    found = index.search(queries, options.k)
     if options.html is not None:
         page = sheet.render(names, found, options.images_root or Path())
         options.html.write_text(page.html, encoding="utf-8", errors="backslashreplace")

@@ -85,8 +85,9 @@ def embed_files(
 ) -> tuple[Codes, list[tuple[str, str]]]:
     """The codes of the usable files under `paths`, their ids the paths; and (path, why) of the others."""
     listing = list_files(paths)
-    codes = client.embed(listing.files, dimensions=dimensions, precision=precision, offset=offset, on_error="skip")
-    codes, failed = name(codes, listing.files)
+    files = list(dict.fromkeys(listing.files))  # an id names one code, also where a path was given twice
+    codes = client.embed(files, dimensions=dimensions, precision=precision, offset=offset, on_error="skip")
+    codes, failed = name(codes, files)
     return codes, listing.failed + failed
 
 

@@ -9,7 +9,7 @@ cancelled.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -32,7 +32,7 @@ from matvae_client._errors import (
     ItemError,
     ServerError,
 )
-from matvae_client._galleries import GallerySummary, pull_gallery
+from matvae_client._galleries import GallerySummary, pull_gallery, select
 from matvae_client._in_flight import most_images
 from matvae_client._progress import Progress, ProgressOption
 from matvae_client._replies import Replies, Wanted, check_fingerprint, check_slice, whole
@@ -254,6 +254,7 @@ class EmbeddingClient:
         precision: str = "float32",
         offset: int = 0,
         into: PathLike | None = None,
+        ids: Sequence[str] | None = None,
         version: int = 0,
         progress: ProgressOption = None,
         timeout: float | None = None,
@@ -261,12 +262,13 @@ class EmbeddingClient:
         """The codes z[offset:dimensions] of a gallery with their ids, checked by their SHA-256. See `embed`.
 
         `into` is a directory that becomes a copy of the gallery (a `CodesDirectory`), whose codes are returned,
-        memory-mapped; where it is an older copy, only what changed is sent. `version` is the one wanted, the newest by
-        default. A pull that breaks goes on from where it was, here and at the next call with the same `into`, as long
-        as each attempt, of at most `timeout` seconds, brings something.
+        memory-mapped; where it is an older copy, only what changed is sent. Pulls into one directory take turns. `ids`
+        are the codes wanted, in that order, such as the tails of a shortlist; not with `into`. `version` is the one
+        wanted, the newest by default. A pull that breaks goes on from where it was, here and at the next call with the
+        same `into`, as long as each attempt, of at most `timeout` seconds, brings something.
 
-        Raises NotFoundError, FingerprintMismatchError where the gallery or `into` is of another model than the
-        server's, and InvalidRequestError where `into` holds something else.
+        Raises NotFoundError where there is no such gallery, version or id, FingerprintMismatchError where the gallery
+        or `into` is of another model than the server's, and InvalidRequestError where `into` holds something else.
         """
         seconds = self._seconds(timeout)
         card = self.model()
@@ -278,8 +280,8 @@ class EmbeddingClient:
             offset=offset,
             precision=codec.PRECISIONS[precision],
             expected_fingerprint=card.fingerprint,
-            version=version,
         )
+        select(request, version=version, ids=ids, into=into)
 
         def stream(request: pb.PullGalleryRequest) -> Iterator[pb.PullGalleryResponse]:
             return self._connection.pull(request, seconds)

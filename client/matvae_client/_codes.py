@@ -222,9 +222,10 @@ class Codes:
         Raises FormatError that names the file.
         """
         if Path(path).is_dir():
-            from matvae_client._store import CodesDirectory
+            from matvae_client._store import load_parts
 
-            return CodesDirectory(path).codes()
+            parts = load_parts(path)
+            return parts[0] if len(parts) == 1 else cls.concatenate(parts)
         return from_tensors(path, *_files.read(path, FORMAT))
 
 

@@ -54,15 +54,25 @@ def new(kind: str, codes: Codes) -> Any:
 
 
 def add(index: Any, codes: Codes, kind: str) -> None:
-    """Append the rows. A scalar quantiser set from the card stores the bytes as they came."""
-    if codes.precision == "binary":
-        index.add(codes.rows)
-    elif kind == "flat":
-        index.add_sa_codes(codes.rows)
-    else:
-        for start in range(0, len(codes), _CHUNK):  # decoded int8 codes take four times their memory
-            rows = codes.rows[start : start + _CHUNK]
-            index.add(np.asarray(dataclasses.replace(codes, rows=rows, ids=None, errors=())))
+    """Append the rows. A scalar quantiser set from the card stores the bytes as they came.
+
+    Raises InvalidRequestError where an index of the kind takes no vectors, or none any more.
+    """
+    before = index.ntotal
+    try:
+        if codes.precision == "binary":
+            index.add(codes.rows)
+        elif kind == "flat":
+            index.add_sa_codes(codes.rows)
+        else:
+            for start in range(0, len(codes), _CHUNK):  # decoded int8 codes take four times their memory
+                rows = codes.rows[start : start + _CHUNK]
+                index.add(np.asarray(dataclasses.replace(codes, rows=rows, ids=None, errors=())))
+    except RuntimeError as error:
+        held = f"the {before} that it holds and {len(codes)}" if before else f"these {len(codes)}"
+        raise InvalidRequestError.of(
+            "kind", f"FAISS cannot add to {kind!r} {held} vectors, use another kind: {_reason(error)}"
+        ) from None
 
 
 def rows(index: Any, codes: Codes) -> npt.NDArray[np.uint8]:
@@ -272,4 +282,4 @@ def _hint(kind: str, codes: Codes) -> str:
 
 def _reason(error: RuntimeError) -> str:
     """FAISS's message without the C++ signature before it."""
-    return str(error).rsplit("Error: ", 1)[-1].rsplit(".cpp:", 1)[-1].strip()
+    return str(error).rsplit("Error: ", 1)[-1].rsplit(".cpp:", 1)[-1].lstrip("0123456789: ").strip()

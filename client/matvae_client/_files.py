@@ -6,8 +6,6 @@ it replaces, it takes regular files only: a device or a pipe would be gone.
 
 from __future__ import annotations
 
-import json
-import mmap
 import os
 import secrets
 import stat
@@ -18,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from matvae.tensors import map_tensors
 from matvae_client._errors import FormatError
 
 VERSION = 1
@@ -97,15 +96,8 @@ def map_tensor(path: PathLike, name: str) -> npt.NDArray[np.uint8]:
     Read-only. The file may be replaced or unlinked meanwhile. Raises FormatError that names the file.
     """
     try:
-        with Path(path).open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")  # of the JSON header, which the tensors follow
-            entry = json.loads(file.read(size))[name]
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(mapped, "madvise"):
-            mapped.madvise(mmap.MADV_RANDOM)  # single rows are wanted, not what stands after them
-        shape = entry["shape"]
-        return np.frombuffer(mapped, np.uint8, shape[0] * shape[1], 8 + size + entry["data_offsets"][0]).reshape(shape)
-    except (KeyError, IndexError, ValueError) as error:
+        return map_tensors(Path(path), at_random=True)[0][name]
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{path} is damaged: {name} cannot be mapped: {error}") from None
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -17,14 +17,23 @@ import numpy as np
 from matvae import store
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
+from matvae_client import _files
 from matvae_client._card import ModelCard
 from matvae_client._codes import Codes, describe, require_space
-from matvae_client._errors import DeadlineError, InvalidRequestError, ServerError, UnavailableError
+from matvae_client._errors import (
+    DeadlineError,
+    InvalidRequestError,
+    NotFoundError,
+    ServerError,
+    UnavailableError,
+)
+from matvae_client._locks import alone
 from matvae_client._progress import Progress, ProgressOption
 from matvae_client._store import STAGING, CodesDirectory, extend, overwrite
 
 Stream: TypeAlias = Callable[[pb.PullGalleryRequest], Iterator[pb.PullGalleryResponse]]
 
+_LOCK = ".pull.lock"
 _COMMIT_BYTES = 16 * 2**20
 """How much of a pull into a directory is in memory before it is on disk."""
 _LONG = 100_000
@@ -42,6 +51,26 @@ class GallerySummary:
     dimensions: int
 
 
+def select(
+    request: pb.PullGalleryRequest, *, version: int, ids: Sequence[str] | None, into: _files.PathLike | None
+) -> None:
+    """Put the version and the rows wanted into `request`. Raises InvalidRequestError where they cannot be."""
+    if not 0 <= version < 2**64:
+        raise InvalidRequestError.of("version", f"{version} is no version: they count from 1, and 0 is the newest")
+    request.version = version
+    if ids is None:
+        return
+    if into is not None:
+        raise InvalidRequestError.of("ids", "a directory becomes a copy of all: leave out `into`, and save the codes")
+    if isinstance(ids, str) or not len(ids) or not all(isinstance(name, str) for name in ids):
+        raise InvalidRequestError.of("ids", "they are one or more strings, each the id of a code; left out: all codes")
+    try:
+        store.require_utf8(ids)
+    except store.StoreError as error:
+        raise InvalidRequestError.of("ids", str(error)) from None
+    request.ids.extend(ids)
+
+
 def pull_gallery(
     request: pb.PullGalleryRequest,
     card: ModelCard,
@@ -49,16 +78,26 @@ def pull_gallery(
     stream: Stream,
     progress: ProgressOption,
 ) -> Codes:
-    """The codes that `request` asks for; `target` becomes a copy of them. `stream` starts an attempt."""
-    pull = _Pull(request, card, target)
-    newest = pull.run(stream, progress)
+    """The codes that `request` asks for; `target` becomes a copy of them. `stream` starts an attempt.
+
+    Pulls into one folder take turns: who has waited fetches what changed since, which is nothing or little.
+    """
     if target is None:
-        return pull.codes()
-    pull.finish()
-    if not request.version and pull.version < newest:
-        # It went on with a pull that was broken off earlier, and the gallery has changed since: now the rest.
-        return pull_gallery(request, card, target, stream, progress)
-    return target.codes()
+        pull = _Pull(request, card, None)
+        pull.run(stream, progress)
+        codes = pull.codes()
+        if request.ids and list(codes.ids or ()) != list(request.ids):
+            raise ServerError(f"the server sent other rows of gallery {request.gallery!r} than those of the ids")
+        return codes
+    with alone(target.path, _LOCK):
+        while True:
+            target.reload()
+            pull = _Pull(request, card, target)
+            newest = pull.run(stream, progress)
+            pull.finish()
+            if request.version or pull.version >= newest:
+                return target.codes()
+            # It went on with a pull that was broken off earlier, and the gallery has changed since: now the rest.
 
 
 class _Pull:
@@ -105,7 +144,7 @@ class _Pull:
                             bar.advance(before)
                         bar.advance(len(message.rows.ids))
                 except (UnavailableError, DeadlineError):
-                    if self._held() <= before:
+                    if self._held() <= before or self._request.ids:  # a selection is sent as a whole
                         raise
                     continue
                 finally:
@@ -162,10 +201,14 @@ class _Pull:
             return None
         staging = CodesDirectory(self._target.path / STAGING)
         if staging.like is not None:
-            source, this = dict(staging.source), {"gallery": self._request.gallery, "since": self._since}
-            version = source.pop("version")
-            if source == this and _kind(staging.like) == _kind(self._empty) and self.version in (0, version):
+            source = dict(staging.source)
+            version, since, gallery = source.get("version", 0), source.get("since"), source.get("gallery")
+            # Since 0: the server no longer knew what had changed after the version that is held, and sent everything.
+            this = gallery == self._request.gallery and since in (0, self._since)
+            if this and _kind(staging.like) == _kind(self._empty) and self.version in (0, version):
                 self.version = int(version)
+                if not since:
+                    self._drop_base()
             else:
                 shutil.rmtree(staging.path)
                 staging.reload()
@@ -191,8 +234,15 @@ class _Pull:
         return None
 
     def _start(self, start: pb.PullStart) -> None:
+        if self._request.version not in (0, start.version):
+            raise NotFoundError(
+                f"no version {self._request.version} of gallery {self._request.gallery!r} here: the newest is "
+                f"{start.version}, and earlier ones are kept until the gallery is compacted"
+            )
         if start.position not in (0, self._held()) or start.since_version not in (0, self._since):
             raise ServerError(f"asked to go on from row {self._held()}, the server goes on from {start.position}")
+        if self._request.ids and start.count != len(self._request.ids):
+            raise ServerError("the server does not send single codes of a gallery: it is older than this client")
         if not start.position:
             self._drop_arrived()
         if not start.since_version:

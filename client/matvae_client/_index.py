@@ -99,10 +99,10 @@ class PrefixIndex:
         if self._like is not None:
             require(codes, like=self._like, what="this index")
         names = self._ids.checked(codes, ids)
-        if self._like is None:
-            self._faiss = _faiss.new(self._kind, codes)
-            self._like = _empty(codes)
-        _faiss.add(self._faiss, codes, self._kind)
+        index = _faiss.new(self._kind, codes) if self._like is None else self._faiss
+        _faiss.add(index, codes, self._kind)
+        if self._like is None:  # not before it has worked: what could not be added leaves an empty index
+            self._faiss, self._like = index, _empty(codes)
         self._ids.extend(names, len(codes))
 
     def remove(self, ids: Given) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from matvae import store
+from matvae.tensors import ID_ERRORS, split_ids
 from matvae_client import _files
 from matvae_client._errors import InvalidRequestError
 
@@ -16,7 +16,7 @@ from matvae_client._errors import InvalidRequestError
 def encode_ids(ids: Iterable[str]) -> list[bytes]:
     """Each id as it rests: UTF-8, or the bytes of a file's name. Raises InvalidRequestError for what is neither."""
     try:
-        return [name.encode(errors=store.ID_ERRORS) for name in ids]
+        return [name.encode(errors=ID_ERRORS) for name in ids]
     except UnicodeEncodeError as error:
         raise InvalidRequestError.of("ids", f"{error.object!r} is no text: it holds half of a character") from None
 
@@ -32,11 +32,4 @@ def name_tensors(names: Iterable[str]) -> _files.Tensors:
 
 def names_of(blob: npt.NDArray[Any], sizes: npt.NDArray[Any]) -> tuple[str, ...]:
     """The string ids of such tensors. Raises ValueError where they contradict each other."""
-    ends = np.cumsum(sizes, dtype=np.int64)
-    if blob.dtype != np.uint8 or sizes.dtype != np.uint32 or (ends[-1] if len(ends) else 0) != len(blob):
-        raise ValueError("the sizes of its ids do not add up")
-    text = blob.tobytes()
-    return tuple(
-        text[end - int(size) : end].decode(errors=store.ID_ERRORS)
-        for end, size in zip(ends.tolist(), sizes, strict=True)
-    )
+    return tuple(split_ids(blob, sizes))

@@ -19,6 +19,7 @@ from matvae.v1 import codec
 from matvae_client import _files
 from matvae_client._codes import Codes, require
 from matvae_client._errors import FormatError, InvalidRequestError
+from matvae_client._locks import alone
 from matvae_client._shards import SHARD_NAME, Parts, synced, write_shard
 
 STAGING = ".pull"
@@ -90,7 +91,8 @@ class CodesDirectory:
     def codes(self) -> Codes:
         """All of them: memory-mapped where they are one whole shard (`compact` makes it so), else copied into memory.
 
-        Raises InvalidRequestError where there is no directory yet.
+        An index of several shards needs no such copy: add the `parts` one by one. Raises InvalidRequestError where
+        there is no directory yet.
         """
         parts = list(self.parts())
         if not parts and (self.path / STAGING).is_dir():
@@ -202,11 +204,7 @@ class CodesDirectory:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Alone, at the newest version, and with what killed writers left behind cleared away."""
-        import fcntl  # not on every system that can read
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when the process ends, however it ends
+        with alone(self.path, _LOCK):
             self.reload()
             named = {shard.file for shard in self._shards}
             for entry in self.path.iterdir():
@@ -253,6 +251,27 @@ class CodesDirectory:
         temporary.replace(self.path / store.MANIFEST)
         _sync_folder(self.path)
         self._manifest = manifest
+
+
+def load_parts(path: _files.PathLike) -> list[Codes]:
+    """All codes of a directory, shard by shard and mapped, or of a file. At least one part, which may be empty.
+
+    They are of one version, the newest, whatever a writer does meanwhile. Raises FormatError, and InvalidRequestError
+    where nothing was appended yet.
+    """
+    if not Path(path).is_dir():
+        return [Codes.load(path)]
+    directory = CodesDirectory(path)
+    while True:
+        try:
+            if directory.version:
+                return list(directory.parts())
+            return [directory.codes()]  # which says that there are none
+        except FormatError:
+            before = directory._manifest
+            directory.reload()
+            if directory._manifest == before:
+                raise  # it is the directory that is damaged, not a file that a writer has cleared away
 
 
 def overwrite(directory: CodesDirectory, parts: Parts, *, source: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import grpc
 import numpy as np
 
-from matvae import __version__
+from matvae import __version__, store
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_client._client import EmbeddingClient
@@ -40,7 +40,8 @@ _ORDER = [0, 15, 3, 12, 5, 10, 6, 9, 1, 2, 4, 7, 8, 11, 13, 14]  # of the patche
 def fake_client() -> EmbeddingClient:
     """A client of a deterministic model: grey images of 28 x 28, 16 dimensions, heads for the classes dark and bright.
 
-    There are no galleries. The card's metrics grow with the prefix, and are made up, as its provenance says.
+    Its one gallery, "fake", holds five codes, of even brightness from "grey-0" to "grey-4". The card's metrics grow
+    with the prefix, and are made up, as its provenance says.
     """
     return EmbeddingClient("in-process", channel=_Channel())
 
@@ -87,10 +88,14 @@ class _Channel(grpc.Channel):
         call.future = lambda request, timeout=None: _Answered(lambda: call(request, timeout))  # type: ignore[attr-defined]
         return call
 
-    def unary_stream(self, *_: Any, **__: Any) -> Any:
+    def unary_stream(self, method: str, *_: Any, **__: Any) -> Any:
+        answer = _pull_gallery if method.endswith("/PullGallery") else _unimplemented
+        return lambda request, **_: _Messages(answer(request))
+
+    def stream_unary(self, *_: Any, **__: Any) -> Any:
         return lambda request, **_: _unimplemented(request)
 
-    stream_unary = stream_stream = subscribe = unsubscribe = unary_stream
+    stream_stream = subscribe = unsubscribe = stream_unary
 
     def close(self) -> None:
         """Nothing is open."""
@@ -100,6 +105,13 @@ class _Channel(grpc.Channel):
 
     def __exit__(self, *_: object) -> None:
         """Nothing is open."""
+
+
+class _Messages(list[pb.PullGalleryResponse]):
+    """What a call that streams replies."""
+
+    def cancel(self) -> bool:
+        return False
 
 
 def _unimplemented(_: object) -> NoReturn:
@@ -165,12 +177,40 @@ def _get_head(request: pb.GetHeadRequest) -> pb.GetHeadResponse:
     return pb.GetHeadResponse(head=head)
 
 
+_GALLERY = {f"grey-{number}": np.full(DIMENSIONS, number / 4, np.float32) for number in range(5)}
+
+
+def _list_galleries(_: pb.ListGalleriesRequest) -> pb.ListGalleriesResponse:
+    gallery = pb.GallerySummary(name="fake", fingerprint=FINGERPRINT, count=len(_GALLERY), version=1)
+    gallery.dimensions = DIMENSIONS
+    return pb.ListGalleriesResponse(galleries=[gallery])
+
+
+def _pull_gallery(request: pb.PullGalleryRequest) -> list[pb.PullGalleryResponse]:
+    """Everything, or what `ids` says, whatever the caller holds."""
+    ids = list(request.ids or _GALLERY)
+    if request.gallery != "fake" or not set(ids) <= _GALLERY.keys():
+        raise _Failure(grpc.StatusCode.NOT_FOUND, f"there is one gallery, 'fake', with the ids {', '.join(_GALLERY)}")
+    wanted = slice(request.offset, request.dimensions)
+    vectors = np.stack([_GALLERY[name] for name in ids])[:, wanted]
+    rows = codec.pack(vectors, codec.PRECISION_NAMES[request.precision], _QUANTISER.slice(wanted.start, wanted.stop))
+    codes = pb.Codes(data=rows.tobytes(), count=len(rows), dimensions=wanted.stop, offset=wanted.start)
+    codes.precision, codes.fingerprint = request.precision, FINGERPRINT
+    digest = store.Digest()
+    digest.update(rows, ids)
+    return [
+        pb.PullGalleryResponse(start=pb.PullStart(version=1, count=len(ids))),
+        pb.PullGalleryResponse(rows=pb.GalleryRows(codes=codes, ids=ids)),
+        pb.PullGalleryResponse(end=pb.PullEnd(count=len(ids), sha256=digest.hexdigest(), newest_version=1)),
+    ]
+
+
 _ANSWERS: dict[str, Callable[[Any], Any]] = {
     "GetModel": _get_model,
     "ListModels": lambda _: pb.ListModelsResponse(
         models=[pb.ModelSummary(name="fake", fingerprint=FINGERPRINT, is_default=True)]
     ),
-    "ListGalleries": lambda _: pb.ListGalleriesResponse(),
+    "ListGalleries": _list_galleries,
     "Embed": _embed,
     "GetHead": _get_head,
 }

@@ -14,28 +14,25 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from matvae.tensors import ID_ERRORS, map_tensors, split_ids
 from matvae.v1 import codec
 
 MANIFEST = "manifest.json"
 FORMAT = "matvae-codes-directory"
 FORMAT_VERSION = 1
-ID_ERRORS = "surrogateescape"
-"""How ids become bytes and come back: a file's name need not be UTF-8, and Python holds such a one in a str like this.
-
-At rest an id is those bytes. A gRPC string is UTF-8, so an id that is not cannot travel: see `require_utf8`.
-"""
 
 _SHARD_FORMAT = "matvae-codes"
 _PLAIN_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]*")
-_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "U32": np.dtype("<u4"), "F32": np.dtype("<f4")}
 _HASH_BLOCK = 2**20
+
+Result = TypeVar("Result")
 
 
 class StoreError(ValueError):
@@ -166,8 +163,16 @@ class Part:
 
     def ids(self) -> list[str]:
         """The ids of the rows that count."""
-        ids = _split(self.path, self.names, self.sizes)
+        try:
+            ids = split_ids(self.names, self.sizes)
+        except ValueError as error:
+            raise StoreError(f"{self.path} is damaged: {error}") from None
         return ids if self.live is None else [ids[position] for position in self.live]
+
+    def row(self, place: int) -> codec.Bytes:
+        """The `place`-th of the rows that count, uint8 (bytes per row,)."""
+        row: codec.Bytes = self.rows[place if self.live is None else self.live[place]]
+        return row
 
     def blocks(self, size: int, start: int = 0) -> Iterator[tuple[codec.Bytes, list[str]]]:
         """The rows that count, with their ids, from the `start`-th on, at most `size` at a time."""
@@ -186,6 +191,21 @@ def parts(folder: Path, manifest: Manifest) -> Iterator[tuple[Shard, Part]]:
             live = np.array([place for place, name in enumerate(part.ids()) if name not in dead], np.int64)
             part = part if len(live) == len(part) else dataclasses.replace(part, live=live)
         yield shard, part
+
+
+def at_newest(folder: Path, read: Callable[[Manifest], Result]) -> Result:
+    """What `read` makes of the newest manifest, or of the one after it where a writer cleared that one's files away.
+
+    Raises StoreError, and what `read` raises.
+    """
+    manifest = Manifest.read(folder)
+    while True:
+        try:
+            return read(manifest)
+        except StoreError:
+            failed, manifest = manifest, Manifest.read(folder)
+            if manifest == failed:
+                raise
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
@@ -240,45 +260,24 @@ def _map_shard(path: Path, shard: Shard, manifest: Manifest) -> Part:
     try:
         if path.stat().st_size != shard.bytes:
             raise StoreError(f"{path} is damaged: it has {path.stat().st_size} bytes, {MANIFEST} says {shard.bytes}")
-        tensors, metadata = _map_tensors(path)
+        mapped, metadata = map_tensors(path)
         kind = [metadata[name] for name in ("format", "fingerprint", "dimensions", "offset", "precision")]
         wanted = [_SHARD_FORMAT, manifest.fingerprint, manifest.dimensions, manifest.offset, manifest.precision]
         if kind != [str(value) for value in wanted]:
             raise StoreError(f"{path} holds {kind}, {MANIFEST} says {wanted}")
         part = Part(
             path=path,
-            rows=tensors["codes"],
-            names=tensors["ids"],
-            sizes=tensors["id_sizes"],
-            quantiser=codec.Quantiser(**{name: np.array(tensors[name]) for name in codec.QUANTISER_FIELDS}),
+            rows=mapped["codes"],
+            names=mapped["ids"],
+            sizes=mapped["id_sizes"],
+            quantiser=codec.Quantiser(**{name: np.array(mapped[name]) for name in codec.QUANTISER_FIELDS}),
         )
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror or error}") from None
     except StoreError:
         raise
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise StoreError(f"{path} is damaged: {type(error).__name__} {error}") from None
     if part.rows.shape != (shard.rows, manifest.bytes_per_vector) or part.sizes.shape != (shard.rows,):
         raise StoreError(f"{path} is damaged: codes are {part.rows.shape}, ids {part.sizes.shape}")
     return part
-
-
-def _map_tensors(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
-    """A safetensors file (https://github.com/huggingface/safetensors, Format) without reading its data."""
-    data = np.asarray(np.memmap(path, np.uint8, "r"))
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:start].tobytes())
-    tensors: dict[str, npt.NDArray[Any]] = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            tensors[name] = data[start + first : start + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors, header["__metadata__"]
-
-
-def _split(path: Path, names: codec.Bytes, sizes: npt.NDArray[np.uint32]) -> list[str]:
-    ends = np.cumsum(sizes, dtype=np.int64).tolist()
-    text = names.tobytes()
-    if (ends[-1] if ends else 0) != len(text):
-        raise StoreError(f"{path} is damaged: the sizes of its ids do not add up")
-    return [text[start:end].decode(errors=ID_ERRORS) for start, end in zip([0, *ends], ends, strict=False)]

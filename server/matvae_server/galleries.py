@@ -12,17 +12,22 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from matvae import store
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server.card import Card
-from matvae_server.errors import FailedPreconditionError
+from matvae_server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 
 MESSAGE_BYTES = 2**20
 """About how much one message of a pull holds, ids included: small beside any limit, large beside its own cost."""
 _ROWS_PER_MESSAGE = 2**14  # of short rows: each is cut from a whole one, which is read for it
 _IDS_PER_REMOVAL = 10_000
 _ENDS_KEPT = 256
+
+MOST_IDS = 10_000
+"""Of one pull of given ids."""
 
 
 class GalleryError(ValueError):
@@ -46,10 +51,7 @@ class Gallery:
             fingerprint = store.Manifest.read(folder).fingerprint
             card = next((card for card in cards if card.fingerprint == fingerprint), cards[0])
             gallery = cls(name=name, folder=folder, card=card)
-            manifest = gallery._manifest()
-            store.verify(folder, manifest)
-            for _, part in store.parts(folder, manifest):  # each shard is what the manifest says
-                store.require_utf8(part.ids())
+            store.at_newest(folder, gallery._verify)
         except FailedPreconditionError as error:  # which names the gallery itself
             raise GalleryError(str(error)) from None
         except store.StoreError as error:
@@ -58,11 +60,11 @@ class Gallery:
 
     def summary(self) -> pb.GallerySummary:
         """What it holds at its newest version."""
-        manifest = self._manifest()
+        manifest, parts = self._mapped(0)
         return pb.GallerySummary(
             name=self.name,
             fingerprint=manifest.fingerprint,
-            count=sum(len(part) for _, part in store.parts(self.folder, manifest)),
+            count=sum(len(part) for _, part in parts),
             version=manifest.version,
             dimensions=manifest.dimensions,
         )
@@ -70,13 +72,17 @@ class Gallery:
     def pull(
         self, request: pb.PullGalleryRequest, offset: int, stop: int, precision: str
     ) -> Iterator[pb.PullGalleryResponse]:
-        """The messages of a pull of z[offset:stop], each at most about MESSAGE_BYTES."""
-        newest = self._manifest()
-        there = newest.oldest <= request.version <= newest.version
-        manifest = newest.at(request.version) if there else newest
-        since = request.since_version if newest.oldest <= request.since_version <= manifest.version else 0
+        """The messages of a pull of z[offset:stop], each at most about MESSAGE_BYTES.
+
+        Raises InvalidArgumentError, NotFoundError for ids that are not here, and FailedPreconditionError.
+        """
+        if request.ids:
+            yield from self._selected(request, offset, stop, precision)
+            return
         # All mapped now, so that a compaction in the middle of a pull takes nothing away.
-        parts = list(store.parts(self.folder, manifest))
+        manifest, parts = self._mapped(request.version)
+        there = manifest.version == request.version
+        since = request.since_version if manifest.oldest <= request.since_version <= manifest.version else 0
         count = sum(len(part) for shard, part in parts if shard.version > since)
         position = request.position if there and since == request.since_version and request.position <= count else 0
         yield pb.PullGalleryResponse(
@@ -87,30 +93,20 @@ class Gallery:
         key = (hashlib.sha256(manifest.dumps()).digest(), offset, stop, precision)
         known_end = self._ends.get(key)
         digest = store.Digest()
-        quantiser = self.card.quantiser.slice(offset, stop)
         packed_bytes = codec.bytes_per_vector(stop - offset, precision)
         passed = 0  # rows of this pull that were met so far
         for shard, part in parts:
             if known_end and shard.version <= since:
                 continue
             for rows, ids in part.blocks(_rows_per_message(part, packed_bytes)):
-                vectors = codec.unpack(rows, manifest.dimensions, "float32", None)[:, offset:stop]
-                packed = codec.pack(vectors, precision, quantiser)
+                packed = self._cut(rows, offset, stop, precision)
                 digest.update(packed, ids)
                 if shard.version <= since:
                     continue
                 held = min(max(position - passed, 0), len(ids))
                 passed += len(ids)
                 if held < len(ids):
-                    codes = pb.Codes(
-                        data=packed[held:].tobytes(),
-                        count=len(ids) - held,
-                        dimensions=stop,
-                        offset=offset,
-                        precision=codec.PRECISIONS[precision],
-                        fingerprint=self.card.fingerprint,
-                    )
-                    yield pb.PullGalleryResponse(rows=pb.GalleryRows(codes=codes, ids=ids[held:]))
+                    yield self._message(packed[held:], ids[held:], offset, stop, precision)
         if not known_end:
             known_end = digest.count, digest.hexdigest()
             if len(self._ends) >= _ENDS_KEPT:
@@ -118,12 +114,77 @@ class Gallery:
             self._ends[key] = known_end
         total, sha256 = known_end
         yield pb.PullGalleryResponse(
-            end=pb.PullEnd(count=total, sha256=sha256, newest_version=self._manifest().version)
+            end=pb.PullEnd(count=total, sha256=sha256, newest_version=store.Manifest.read(self.folder).version)
         )
 
-    def _manifest(self) -> store.Manifest:
-        """The newest one. Raises FailedPreconditionError where it is no longer of the model that is served."""
-        manifest = store.Manifest.read(self.folder)
+    def _selected(
+        self, request: pb.PullGalleryRequest, offset: int, stop: int, precision: str
+    ) -> Iterator[pb.PullGalleryResponse]:
+        """The messages of a pull of the request's ids."""
+        wanted = list(request.ids)
+        if len(wanted) > MOST_IDS:
+            raise InvalidArgumentError("ids", f"{len(wanted)} are too many: at most {MOST_IDS} in one pull")
+        for field in ("since_version", "position"):
+            if getattr(request, field):
+                raise InvalidArgumentError(field, "with `ids` there is no going on from what the caller has: leave it")
+        manifest, parts = self._mapped(request.version)
+        held: dict[str, codec.Bytes] = {}
+        names = set(wanted)
+        for _, part in parts:
+            held |= {name: part.row(place) for place, name in enumerate(part.ids()) if name in names}
+        unknown = [name for name in dict.fromkeys(wanted) if name not in held]
+        if unknown:
+            some = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+            where = f"version {manifest.version} of gallery {self.name!r}"
+            raise NotFoundError(f"{len(unknown)} of {len(names)} ids are not in {where}: {some}")
+        yield pb.PullGalleryResponse(start=pb.PullStart(version=manifest.version, count=len(wanted)))
+        digest = store.Digest()
+        for ids in _blocks(wanted, codec.bytes_per_vector(stop - offset, precision)):
+            packed = self._cut(np.stack([held[name] for name in ids]), offset, stop, precision)
+            digest.update(packed, ids)
+            yield self._message(packed, ids, offset, stop, precision)
+        newest = store.Manifest.read(self.folder).version
+        yield pb.PullGalleryResponse(
+            end=pb.PullEnd(count=digest.count, sha256=digest.hexdigest(), newest_version=newest)
+        )
+
+    def _cut(self, rows: codec.Bytes, offset: int, stop: int, precision: str) -> codec.Bytes:
+        """Whole float32 rows, cut and packed."""
+        vectors = codec.unpack(rows, self.card.network.dimensions, "float32", None)[:, offset:stop]
+        return codec.pack(vectors, precision, self.card.quantiser.slice(offset, stop))
+
+    def _message(
+        self, packed: codec.Bytes, ids: list[str], offset: int, stop: int, precision: str
+    ) -> pb.PullGalleryResponse:
+        codes = pb.Codes(
+            data=packed.tobytes(),
+            count=len(ids),
+            dimensions=stop,
+            offset=offset,
+            precision=codec.PRECISIONS[precision],
+            fingerprint=self.card.fingerprint,
+        )
+        return pb.PullGalleryResponse(rows=pb.GalleryRows(codes=codes, ids=ids))
+
+    def _mapped(self, version: int) -> tuple[store.Manifest, list[tuple[store.Shard, store.Part]]]:
+        """The state at `version`, at the newest where that cannot be told, and its shards, all mapped."""
+
+        def read(newest: store.Manifest) -> tuple[store.Manifest, list[tuple[store.Shard, store.Part]]]:
+            self._check(newest)
+            manifest = newest.at(version) if newest.oldest <= version <= newest.version else newest
+            return manifest, list(store.parts(self.folder, manifest))
+
+        return store.at_newest(self.folder, read)
+
+    def _verify(self, manifest: store.Manifest) -> None:
+        """Raise unless every byte is as it was written, and every id can travel."""
+        self._check(manifest)
+        store.verify(self.folder, manifest)
+        for _, part in store.parts(self.folder, manifest):  # each shard is what the manifest says
+            store.require_utf8(part.ids())
+
+    def _check(self, manifest: store.Manifest) -> None:
+        """Raise FailedPreconditionError where it is no longer of the model that is served."""
         if manifest.fingerprint != self.card.fingerprint:
             raise FailedPreconditionError(
                 f"gallery {self.name!r} has fingerprint {manifest.fingerprint}, the model {self.card.name!r} "
@@ -135,13 +196,20 @@ class Gallery:
                 f"gallery {self.name!r} holds {manifest.slice_text}, not z[0:{full}] float32, from which every slice "
                 "can be cut: build it with `matvae gallery build`"
             )
-        return manifest
 
 
 def _removals(manifest: store.Manifest, since: int) -> Iterator[pb.PullGalleryResponse]:
     ids = [name for version, names in sorted(manifest.removed.items()) if version > since for name in names]
     for start in range(0, len(ids), _IDS_PER_REMOVAL):
         yield pb.PullGalleryResponse(removals=pb.GalleryRemovals(ids=ids[start : start + _IDS_PER_REMOVAL]))
+
+
+def _blocks(ids: list[str], row_bytes: int) -> Iterator[list[str]]:
+    """The ids, as many at a time as make about MESSAGE_BYTES with their rows."""
+    longest = max(map(len, map(str.encode, ids)))
+    size = max(1, min(_ROWS_PER_MESSAGE, MESSAGE_BYTES // (row_bytes + longest)))
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
 
 
 def _rows_per_message(part: store.Part, row_bytes: int) -> int:

@@ -67,6 +67,16 @@ def test_run_loads_the_server_and_reports(server, tmp_path: Path) -> None:
     assert f"{card.name} ({card.fingerprint[:12]}) on onnxruntime " in done.stdout
 
 
+def test_run_saves_where_nobody_says_where(server, tmp_path: Path) -> None:
+    load = ("--users", "1", "--seconds", "2", "--repeats", "1")
+    command = [*BENCH, "run", "--server", server.address, *load]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    (saved,) = (tmp_path / "bench-results").iterdir()
+    assert f"wrote bench-results/{saved.name}" in done.stdout
+    assert json.loads(saved.read_text())["summary"]["all"]["requests"] > 0
+
+
 def test_run_counts_failures_by_status(start_server, tmp_path: Path) -> None:
     """The server goes away under load: what follows is counted as UNAVAILABLE, and the run ends all the same."""
     out = tmp_path / "run.json"

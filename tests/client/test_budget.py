@@ -32,7 +32,7 @@ from matvae_client import (
 from matvae_client._budget import TIE, parse_size
 
 PREFIXES = (2, 4, 8, 16, 32, 64, 128)
-anything = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+anything = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 fractions = st.integers(0, 10_000).map(lambda hits: hits / 10_000)
 
 

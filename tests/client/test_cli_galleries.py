@@ -302,6 +302,22 @@ def test_names_that_are_not_utf8_are_kept_and_shown_but_in_no_gallery(
     assert len(CodesDirectory(tmp_path / "odd")) == 1
 
 
+def test_a_page_that_cannot_be_written_is_said_before_the_work(photos: Path, matvae: Run) -> None:
+    matvae("embed", photos, "--out", "photos.codes", "--dimensions", 2)
+    for page in ("no-such/sheet.html", "."):
+        done = matvae("search", "photos.codes", photos / "05.png", "--html", page, address="127.0.0.1:1")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "127.0.0.1:1" not in done.stderr, "it asked the server before it looked"
+
+
+def test_codes_of_a_path_given_twice_become_a_gallery(matvae: Run, photos: Path, tmp_path: Path) -> None:
+    done = matvae("embed", photos, photos / "05.png", "--out", "photos.codes")
+    assert done.stdout.startswith("photos.codes: 20 codes")
+    done = matvae("gallery", "build", "kept", "photos.codes")
+    assert done.returncode == 0, done.stderr
+    assert len(CodesDirectory(tmp_path / "kept")) == 20
+
+
 def test_the_contact_sheet_shows_the_images_and_escapes_names(matvae: Run, photos: Path, tmp_path: Path) -> None:
     nasty = photos / 'a"><script>alert(1)<.png'
     (photos / "03.png").rename(nasty)

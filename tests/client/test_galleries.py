@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import grpc
 import numpy as np
@@ -318,6 +320,151 @@ def test_a_gallery_that_changes_while_it_is_pulled(
     growing.compact()
     relay.cut = []
     same(through.pull("growing", dimensions=8, into=tmp_path / "other"), cut_from(growing.codes(), 8, "float32"))
+
+
+def test_a_pull_of_a_compacted_gallery_goes_on_at_the_next_call(
+    through: EmbeddingClient, relay: Relay, growing: CodesDirectory, whole: Codes, tmp_path: Path
+) -> None:
+    """The copy's version is gone, so everything is sent; what had come of it before the break is kept all the same."""
+    for path in growing.path.iterdir():
+        path.unlink()
+    growing.reload()
+    growing.append(whole[:5])
+    growing.append(whole[5:10])
+    through.pull("growing", dimensions=16, into=tmp_path / "copy")
+    growing.compact()
+    for start in range(10, 40, 10):
+        growing.append(whole[start : start + 10])
+    relay.cut, relay.pulls = [2, *[0] * 20], []
+    with pytest.raises(UnavailableError):
+        through.pull("growing", dimensions=16, into=tmp_path / "copy")
+    assert len(CodesDirectory(tmp_path / "copy")) == 10
+    version = growing.version
+    relay.cut, relay.pulls, relay.rows_sent = [], [], 0
+    same(through.pull("growing", dimensions=16, into=tmp_path / "copy"), cut_from(growing.codes(), 16, "float32"))
+    assert [(p.version, p.since_version, p.position) for p in relay.pulls] == [(version, 0, 20)]
+    assert relay.rows_sent == 2
+
+
+def test_a_version_that_is_not_there_is_said(
+    puller: EmbeddingClient, growing: CodesDirectory, whole: Codes, tmp_path: Path
+) -> None:
+    for path in growing.path.iterdir():
+        path.unlink()
+    growing.reload()
+    growing.append(whole[:3])
+    growing.append(whole[3:5])
+    assert len(puller.pull("growing", dimensions=2, version=1)) == 3
+    growing.compact()
+    for version in (1, 9):
+        for into in (None, tmp_path / "copy"):
+            with pytest.raises(NotFoundError, match=f"no version {version} of gallery 'growing'.* newest is 3"):
+                puller.pull("growing", dimensions=2, version=version, into=into)
+    assert not (tmp_path / "copy").exists()
+    with pytest.raises(InvalidRequestError, match="version: -1"):
+        puller.pull("growing", dimensions=2, version=-1)
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_pulls_into_one_folder_take_turns(
+    through: EmbeddingClient, relay: Relay, whole: Codes, tmp_path: Path, kind: str
+) -> None:
+    """The first is held in its middle until the second waits for it; the second then has nothing to fetch."""
+    into, at_the_lock, flock = tmp_path / "copy", threading.Event(), fcntl.flock
+
+    def hold(_: pb.PullGalleryResponse) -> None:
+        if relay.rows_sent == 4:
+            fourth.set()
+            at_the_lock.wait(60)
+
+    fourth = threading.Event()
+    relay.change = hold
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(through.pull, "shirts", dimensions=16, into=into)
+        assert fourth.wait(60)
+        relay.pulls = []
+        if kind == "thread":
+
+            def tell(file: IO[str], how: int) -> None:
+                if str(file.name).endswith(".pull.lock"):
+                    at_the_lock.set()
+                flock(file, how)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(fcntl, "flock", tell)
+                same(through.pull("shirts", dimensions=16, into=into), first.result())
+        else:
+            code = """
+import fcntl, sys
+from matvae_client import EmbeddingClient
+flock = fcntl.flock
+def tell(file, how):
+    print(file.name, flush=True)
+    flock(file, how)
+fcntl.flock = tell
+with EmbeddingClient(sys.argv[1]) as client:
+    client.pull("shirts", dimensions=16, into=sys.argv[2])
+"""
+            command = [sys.executable, "-c", code, relay.address, str(into)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                line = process.stdout.readline()
+                at_the_lock.set()
+                assert line.endswith(".pull.lock\n")
+                process.communicate(timeout=60)
+            assert process.returncode == 0
+    same(first.result(), cut_from(whole, 16, "float32"))
+    same(Codes.load(into), cut_from(whole, 16, "float32"))
+    assert [pull.since_version for pull in relay.pulls] == [SHARDS]
+    assert relay.rows_sent == SHARDS
+
+
+@pytest.mark.parametrize("precision", codec.PRECISIONS)
+def test_codes_of_given_ids_come_in_their_order(puller: EmbeddingClient, whole: Codes, precision: str) -> None:
+    places = np.random.default_rng(0).permutation(len(whole))[:100]
+    places[7] = places[3]  # an id may be asked for twice
+    ids = [(whole.ids or ())[place] for place in places]
+    head = puller.pull("shirts", dimensions=32, precision=precision)[places]
+    tail = puller.pull("shirts", ids=ids, dimensions=128, offset=32, precision=precision)
+    same(head.extend(tail), cut_from(whole[places], 128, precision))
+    found = np.array(ids, object)  # as PrefixIndex.search gives them
+    same(puller.pull("shirts", ids=found, dimensions=128, offset=32, precision=precision), tail)
+
+
+def test_ids_that_cannot_be_had_are_said(
+    puller: EmbeddingClient, through: EmbeddingClient, relay: Relay, whole: Codes, tmp_path: Path
+) -> None:
+    ids = ["shirt-1", "hat-1", "hat-2", "hat-1", "hat-3", "hat-4"]
+    with pytest.raises(NotFoundError, match=r"4 of 5 ids .* 'shirts': 'hat-1', 'hat-2', 'hat-3', \.\.\."):
+        puller.pull("shirts", ids=ids)
+    with pytest.raises(InvalidRequestError, match=r"ids: 10001 are too many: at most 10000"):
+        puller.pull("shirts", ids=["shirt-1"] * 10_001)
+    for wrong in ([], "shirt-1", [1], [None], ["\udce9"]):
+        with pytest.raises(InvalidRequestError, match="ids"):
+            puller.pull("shirts", ids=wrong)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="into"):
+        puller.pull("shirts", ids=["shirt-1"], into=tmp_path / "copy")
+    with pytest.raises(NotFoundError, match="no version 99"):
+        puller.pull("shirts", ids=["shirt-1"], version=99)
+
+    def older(message: pb.PullGalleryResponse) -> None:
+        if message.HasField("start"):
+            message.start.count = len(whole)
+
+    relay.change = older
+    with pytest.raises(ServerError, match="older than this client"):
+        through.pull("shirts", ids=["shirt-1"])
+
+    def rename(message: pb.PullGalleryResponse) -> None:
+        if message.HasField("rows"):
+            message.rows.ids[0] = "other"
+
+    relay.change = rename
+    with pytest.raises(ServerError, match="SHA-256"):
+        through.pull("shirts", ids=["shirt-1"])
+    relay.change, relay.cut = lambda message: None, [0]
+    with pytest.raises(UnavailableError, match="the line is cut"):
+        through.pull("shirts", ids=["shirt-1"])
 
 
 def test_a_changed_byte_is_found(through: EmbeddingClient, relay: Relay, whole: Codes, tmp_path: Path) -> None:

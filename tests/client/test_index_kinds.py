@@ -296,3 +296,22 @@ def test_a_changed_byte_in_the_graph_is_refused(make_codes: MakeCodes, tmp_path:
     rewrite(lambda _, metadata: metadata.pop("kind") and None)
     with pytest.raises(FormatError, match="it has no 'kind'"):
         PrefixIndex.load(path)
+
+
+@pytest.mark.parametrize("kind", ["IDMap,Flat", "NSG16,Flat"])
+def test_a_kind_that_takes_no_vectors_says_so_and_leaves_the_index_empty(
+    make_codes: Callable[..., Codes], kind: str
+) -> None:
+    index = PrefixIndex(kind=kind)
+    with pytest.raises(InvalidRequestError, match=f"kind: FAISS cannot add to '{kind}' these 20 vectors"):
+        index.add(make_codes(20, 16, "float32"))
+    assert (len(index), index.nbytes, index.effort) == (0, 0, None)
+    with pytest.raises(InvalidRequestError, match="empty"):
+        index.search(make_codes(1, 16, "float32"))
+    if kind.startswith("NSG"):
+        codes = make_codes(300, 16, "float32")
+        index.add(codes)  # enough of them
+        with pytest.raises(InvalidRequestError, match="the 300 that it holds and 20 vectors"):
+            index.add(make_codes(20, 16, "float32"))
+        assert len(index) == 300
+        assert index.search(codes[7], 1).ids.tolist() == [[7]]

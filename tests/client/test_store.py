@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -300,3 +301,67 @@ def test_a_tail_extends_to_the_whole_code(make_codes: MakeCodes) -> None:
     for tail in (other[:2], other[[1, 0, 2]], dataclasses.replace(other, ids=None)):
         with pytest.raises(InvalidRequestError, match="not these ones"):
             head.extend(tail)
+
+
+def test_loading_beside_a_writer_that_compacts(
+    named: Callable[..., Codes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the manifest and the shards that it names, these go: the newest state is loaded, and no error said."""
+    folder = tmp_path / "codes"
+    writer = CodesDirectory(folder)
+    writer.append(named("a", "b"))
+    writer.append(named("c"))
+    parts = store.parts
+
+    def write_first(*arguments: Any) -> Iterator[tuple[store.Shard, store.Part]]:
+        monkeypatch.setattr(store, "parts", parts)
+        writer.compact()
+        writer.remove(["a"])  # clears what compacting left
+        return parts(*arguments)
+
+    monkeypatch.setattr(store, "parts", write_first)
+    assert Codes.load(folder).ids == ("b", "c")
+    for shard in folder.glob("*.codes"):
+        shard.unlink()
+    with pytest.raises(FormatError, match="cannot be read"):  # no writer's doing
+        Codes.load(folder)
+
+
+def test_loading_and_searching_copy_nothing_that_they_need_not(make_codes: MakeCodes, tmp_path: Path) -> None:
+    """What is one shard stays on the disk; an index of several takes them one by one, and is all that is in memory."""
+    directory = CodesDirectory(tmp_path / "codes")
+    for part in range(4):
+        ids = tuple(f"{part}-{number}" for number in range(4000))
+        directory.append(make_codes(4000, 512, "float32", seed=part, ids=ids))
+    size = directory.codes().nbytes
+    directory.codes()[:1].save(tmp_path / "query.codes")
+    code = """
+import sys
+import faiss
+import numpy as np
+from matvae_client import Codes, PrefixIndex, _cli
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+search = PrefixIndex.search
+PrefixIndex.search = lambda *arguments: (print(anonymous() - before), search(*arguments))[1]
+folder, query = sys.argv[1:]
+before = anonymous()
+if query != folder:
+    _cli.main(["search", folder, "--query-codes", query])
+else:
+    codes = Codes.load(folder)
+    total = codes.rows.sum(dtype=np.int64)
+    print(anonymous() - before)
+"""
+
+    def grown(query: Path) -> int:
+        command = [sys.executable, "-c", code, str(directory.path), str(query)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[0])
+
+    assert size * 0.9 < grown(tmp_path / "query.codes") < size * 1.5  # the index, and no copy beside it
+    directory.compact()
+    assert grown(directory.path) < size / 4

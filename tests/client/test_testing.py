@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from matvae.v1 import codec
-from matvae_client import EmbeddingClient, ImageErrors, InvalidRequestError, NotFoundError, PrefixIndex, ServerError
+from matvae_client import EmbeddingClient, ImageErrors, InvalidRequestError, NotFoundError, PrefixIndex
 from matvae_client.testing import fake_client
 
 
@@ -71,8 +71,8 @@ def test_heads_files_errors_and_the_card() -> None:
             client.embed(dark, dimensions=17)
         assert client.model().metric("knn", 8, "int8").value > client.model().metric("knn", 2, "int8").value
         assert client.models()[0].fingerprint == client.model().fingerprint
-        assert client.galleries() == ()
-        with pytest.raises(ServerError, match="does not offer this call"):
+        assert [(gallery.name, gallery.count) for gallery in client.galleries()] == [("fake", 5)]
+        with pytest.raises(NotFoundError, match="one gallery, 'fake'"):
             client.pull("any")
 
 
@@ -97,3 +97,18 @@ def test_the_example_passes(repository: Path) -> None:
     example = repository / "client" / "examples" / "test_without_a_server.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(example)]
     assert "1 passed" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("precision", codec.PRECISIONS)
+def test_a_program_that_pulls_galleries_can_be_tested(tmp_path: Path, precision: str) -> None:
+    with fake_client() as client:
+        head = client.pull("fake", dimensions=8, precision=precision, into=tmp_path / "copy")
+        assert client.pull("fake", dimensions=8, precision=precision, into=tmp_path / "copy").ids == head.ids
+        tail = client.pull("fake", ids=["grey-4", "grey-2"], dimensions=16, offset=8, precision=precision)
+        whole = client.pull("fake", precision=precision)
+        light = client.embed(np.full((28, 28), 255, np.uint8))
+        assert np.array_equal(np.asarray(head[[4, 2]].extend(tail)), np.asarray(whole[[4, 2]]))
+        assert np.array_equal(np.asarray(client.pull("fake")[4]), np.asarray(light))
+        for wrong in ({"gallery": "hats"}, {"gallery": "fake", "ids": ["hat"]}, {"gallery": "fake", "version": 2}):
+            with pytest.raises(NotFoundError):
+                client.pull(**wrong)  # type: ignore[arg-type]

@@ -1,12 +1,16 @@
 """What the wheel holds, and what a machine gets that installs the client alone."""
 
+import json
+import statistics
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from matvae_bench import client_cost
 from matvae_server import bundle as bundles
 
 
@@ -88,3 +92,19 @@ def test_the_client_alone_embeds_searches_and_classifies(client_only: Path, serv
             assert "3.png" in done.stdout
     absent = "import importlib.util as u; assert not any(u.find_spec(n) for n in ('torch', 'onnxruntime', 'locust'))"
     subprocess.run([client_only / "python", "-c", absent], check=True)
+
+
+def test_what_the_client_costs_is_measured(
+    client_only: Path, server, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`matvae-bench client-cost` in the environment that is here already: its own would be installed anew."""
+    monkeypatch.setattr(client_cost, "installed", lambda project: nullcontext(client_only / "python"))
+    cost = client_cost.measure(repository, imports=3)
+    with capsys.disabled():
+        print(f"\nclient cost: {json.dumps(cost)}")
+    assert cost["heavy_modules_before_the_search"] == []
+    assert len(cost["import_seconds"]) == 3
+    assert cost["import_seconds_median"] == statistics.median(cost["import_seconds"]) > 0
+    imported, used, searched = cost["resident_bytes"].values()
+    assert 0 < min(imported, used) < searched
+    assert 50e6 < cost["installed_bytes"] < 1e9, "no torch, which alone is more"

@@ -11,13 +11,14 @@ import grpc
 import numpy as np
 import pytest
 
+from matvae import store
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_bench.server_process import ServerProcess, ServerStartError
 from matvae_client import Codes, CodesDirectory
 from matvae_server.bundle import Bundle
-from matvae_server.galleries import MESSAGE_BYTES, Gallery, GalleryError
+from matvae_server.galleries import MESSAGE_BYTES, MOST_IDS, Gallery, GalleryError
 
 TIMEOUT = 30
 ROWS = 5000
@@ -104,6 +105,78 @@ def test_compacting_takes_nothing_from_a_pull(random_codes: Codes, bundle: Bundl
     rest = list(messages)
     assert b"".join(message.rows.codes.data for message in rest) == random_codes.rows.tobytes()
     assert (rest[-1].end.count, rest[-1].end.newest_version) == (ROWS, 4)
+
+
+@pytest.mark.parametrize("call", ["pull", "ids", "summary", "open"])
+def test_a_writer_that_compacts_meanwhile_takes_nothing_away(
+    random_codes: Codes, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Between reading the manifest and mapping its shards, they go; the manifest that is there then is taken."""
+    directory = CodesDirectory(tmp_path / "gallery")
+    directory.append(random_codes[:2])
+    directory.append(random_codes[2:5])
+    gallery = Gallery.open("random", directory.path, bundle.card)
+    read, left = store.Manifest.read, [2]
+
+    def read_and_write(folder: Path) -> store.Manifest:
+        manifest = read(folder)
+        if left[0]:
+            left[0] -= 1
+            monkeypatch.setattr(store.Manifest, "read", read)
+            directory.append(random_codes[directory.version + 10 :][:1])
+            directory.compact()
+            directory.remove(directory.ids()[:1])  # clears what compacting left
+            monkeypatch.setattr(store.Manifest, "read", read_and_write)
+        return manifest
+
+    monkeypatch.setattr(store.Manifest, "read", read_and_write)
+    wanted = pb.PullGalleryRequest(gallery="random", ids=(random_codes.ids or ())[4:5] if call == "ids" else ())
+    if call == "summary":
+        assert gallery.summary().version == directory.version
+    elif call == "open":
+        Gallery.open("random", directory.path, bundle.card)
+    else:
+        end = list(gallery.pull(wanted, 0, 128, "float32"))[-1].end
+        assert (end.count, end.newest_version) == (1 if call == "ids" else 5, directory.version)
+    assert left == [0]
+
+
+def test_a_shard_that_is_missing_for_good_is_no_writers_doing(
+    random_codes: Codes, bundle: Bundle, tmp_path: Path
+) -> None:
+    directory = CodesDirectory(tmp_path / "gallery")
+    directory.append(random_codes[:2])
+    gallery = Gallery.open("random", directory.path, bundle.card)
+    for shard in directory.path.glob("*.codes"):
+        shard.unlink()
+    with pytest.raises(store.StoreError, match="cannot be read"):
+        gallery.summary()
+
+
+def test_given_ids_are_sent_alone_and_in_their_order(keeper: pb_grpc.EmbeddingServiceStub, random_codes: Codes) -> None:
+    names = list(random_codes.ids or ())
+    ids = names[::-1][:3000]
+    messages = pull(keeper, ids=ids)
+    start, end = messages[0].start, messages[-1].end
+    assert (start.version, start.since_version, start.position, start.count) == (1, 0, 0, 3000)
+    assert max(message.ByteSize() for message in messages) <= MESSAGE_BYTES + 2**12
+    assert len(messages) > 3
+    assert [name for message in messages for name in message.rows.ids] == ids
+    data = b"".join(message.rows.codes.data for message in messages)
+    assert data == random_codes.rows[::-1][:3000].tobytes()
+    digest = store.Digest()
+    digest.update(random_codes.rows[::-1][:3000], ids)
+    assert (end.count, end.sha256) == (3000, digest.hexdigest())
+    for fields, status, says in (
+        ({"ids": ["hat"]}, grpc.StatusCode.NOT_FOUND, "'hat'"),
+        ({"ids": names[:1], "position": 1}, grpc.StatusCode.INVALID_ARGUMENT, "position"),
+        ({"ids": names[:1], "since_version": 1}, grpc.StatusCode.INVALID_ARGUMENT, "since_version"),
+        ({"ids": names[:1] * (MOST_IDS + 1)}, grpc.StatusCode.INVALID_ARGUMENT, str(MOST_IDS)),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            pull(keeper, **fields)
+        assert caught.value.code() == status
+        assert says in caught.value.details()
 
 
 def test_what_cannot_be_gone_on_with_starts_anew(keeper: pb_grpc.EmbeddingServiceStub) -> None:

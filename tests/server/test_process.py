@@ -97,6 +97,7 @@ def test_an_idle_server_stops_at_once(start_server, number: signal.Signals) -> N
 
 def test_flags_have_environment_variables_and_win(start_server, bundle_copy: Path) -> None:
     environment = {"MATVAE_BUNDLE": str(bundle_copy), "MATVAE_PORT": "1", "MATVAE_RUNTIME": "torch"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     with start_server(environment=environment) as server, grpc.insecure_channel(server.address) as channel:
         reply = pb_grpc.EmbeddingServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=30)
         assert reply.runtime == "torch-cpu"

@@ -19,7 +19,10 @@ NAMES = ("onnxruntime", "torch")
 
 @pytest.fixture(scope="module")
 def encoders(bundle: bundles.Bundle) -> dict[str, runtimes.Encoder]:
-    return {name: runtimes.choose(name, bundle, threads=1) for name in NAMES}
+    """Both on the CPU, also where there is CUDA: what is published and golden is the CPU's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtimes, "_cuda", lambda: False)
+        return {name: runtimes.choose(name, bundle, threads=1) for name in NAMES}
 
 
 def test_runtimes_agree(encoders: dict[str, runtimes.Encoder], images) -> None:

@@ -378,7 +378,7 @@ class ListGalleriesResponse(_message.Message):
     def __init__(self, galleries: _Optional[_Iterable[_Union[GallerySummary, _Mapping]]] = ...) -> None: ...
 
 class PullGalleryRequest(_message.Message):
-    __slots__ = ("gallery", "dimensions", "offset", "precision", "expected_fingerprint", "since_version", "version", "position")
+    __slots__ = ("gallery", "dimensions", "offset", "precision", "expected_fingerprint", "since_version", "version", "position", "ids")
     GALLERY_FIELD_NUMBER: _ClassVar[int]
     DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
@@ -387,6 +387,7 @@ class PullGalleryRequest(_message.Message):
     SINCE_VERSION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
     gallery: str
     dimensions: int
     offset: int
@@ -395,7 +396,8 @@ class PullGalleryRequest(_message.Message):
     since_version: int
     version: int
     position: int
-    def __init__(self, gallery: _Optional[str] = ..., dimensions: _Optional[int] = ..., offset: _Optional[int] = ..., precision: _Optional[_Union[Precision, str]] = ..., expected_fingerprint: _Optional[str] = ..., since_version: _Optional[int] = ..., version: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+    ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, gallery: _Optional[str] = ..., dimensions: _Optional[int] = ..., offset: _Optional[int] = ..., precision: _Optional[_Union[Precision, str]] = ..., expected_fingerprint: _Optional[str] = ..., since_version: _Optional[int] = ..., version: _Optional[int] = ..., position: _Optional[int] = ..., ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PullStart(_message.Message):
     __slots__ = ("version", "since_version", "position", "count")

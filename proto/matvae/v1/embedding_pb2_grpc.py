@@ -134,6 +134,7 @@ class EmbeddingServiceServicer(object):
     def PullGallery(self, request, context):
         """Streams a gallery's codes at the prefix and precision asked for: all of them, or what changed since a version. The
         messages are one start, any number of removals and rows, one end. After a break a caller goes on from what it has.
+        Or the codes of given ids alone, such as the tails of a shortlist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -56,6 +56,7 @@ class EmbeddingServiceStub:
     PullGallery: _grpc.UnaryStreamMultiCallable[_embedding_pb2.PullGalleryRequest, _embedding_pb2.PullGalleryResponse]
     """Streams a gallery's codes at the prefix and precision asked for: all of them, or what changed since a version. The
     messages are one start, any number of removals and rows, one end. After a break a caller goes on from what it has.
+    Or the codes of given ids alone, such as the tails of a shortlist.
     """
 
 @_typing.type_check_only
@@ -82,6 +83,7 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     PullGallery: _aio.UnaryStreamMultiCallable[_embedding_pb2.PullGalleryRequest, _embedding_pb2.PullGalleryResponse]  # type: ignore[assignment]
     """Streams a gallery's codes at the prefix and precision asked for: all of them, or what changed since a version. The
     messages are one start, any number of removals and rows, one end. After a break a caller goes on from what it has.
+    Or the codes of given ids alone, such as the tails of a shortlist.
     """
 
 class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -153,6 +155,7 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_embedding_pb2.PullGalleryResponse], _abc.AsyncIterator[_embedding_pb2.PullGalleryResponse]]:
         """Streams a gallery's codes at the prefix and precision asked for: all of them, or what changed since a version. The
         messages are one start, any number of removals and rows, one end. After a break a caller goes on from what it has.
+        Or the codes of given ids alone, such as the tails of a shortlist.
         """
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,131 @@
+"""The tables of README and docs hold the committed numbers: every cell is what its raw JSON says, rounded."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MINUS = "\N{MINUS SIGN}"
+
+
+@pytest.fixture
+def results(repository: Path) -> dict[str, Any]:
+    """What was measured, by file name without its suffix."""
+    folder = repository / "bench" / "results"
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def table(path: Path, first: str, *, bar: str = "|") -> list[list[str]]:
+    """The rows below the heading whose first cell is `first`, cell by cell, without the line of dashes."""
+    lines = path.read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if re.match(rf"[|┃] {re.escape(first)} +[|┃]", line))
+    rows = []
+    for line in lines[start + 1 :]:
+        if not line.startswith(("|", bar, "┡")):
+            break
+        if line.startswith(bar) and not line.startswith("|--"):
+            rows.append([cell.strip() for cell in line.split(bar)[1:-1]])
+    assert rows
+    return rows
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    return f"{statistics.fmean(values):,.{digits}f} ± {statistics.stdev(values):,.{digits}f}"
+
+
+def points(value: float) -> str:
+    return f"{100 * value:+.2f}".replace("-", MINUS)
+
+
+def halvings(values: Sequence[float], show: Callable[[float], str]) -> str:
+    return f"{show(statistics.fmean(values))} ± {show(statistics.pstdev(values)).lstrip('+')}"
+
+
+def test_the_load_table(repository: Path, results: dict[str, Any]) -> None:
+    summary = results["load-fashion-mnist"]["summary"]
+    rows = table(repository / "README.md", "users", bar="│")
+    assert rows == [
+        [
+            name,
+            f"{profile['requests']:,}",
+            spread(profile["images_per_second"], 0),
+            *(spread(profile[key], 2) for key in ("p50_ms", "p95_ms", "p99_ms")),
+            f"{profile['code_bytes_per_image']:.0f}",
+            "none" if not profile["failures"] else str(profile["failures"]),
+        ]
+        for name, profile in summary.items()
+    ]
+
+
+def test_the_retrieval_table(repository: Path, results: dict[str, Any]) -> None:
+    contenders = results["retrieval-1m"]["contenders"]
+    flat = next(point["queries_per_second"] for point in contenders if point["name"] == "flat-128")
+    assert table(repository / "docs" / "retrieval.md", "method") == [
+        [
+            point["name"],
+            point["setting"],
+            f"{point['recall_at_10']:.4f}",
+            f"{point['queries_per_second']:,.0f}",
+            f"{point['queries_per_second'] / flat:.1f}",
+            f"{point['batch_queries_per_second']:,.0f}",
+            f"{point['cold_queries_per_second']:,.0f}" if point["cold_queries_per_second"] else "",
+            f"{point['bytes_per_vector']:.0f}",
+            f"{point['resident_bytes'] / 1e6:.0f} MB",
+            f"{point['build_seconds']:.1f} s",
+        ]
+        for point in contenders
+    ]
+
+
+def test_the_cascade_table(repository: Path, results: dict[str, Any]) -> None:
+    measured = results["cascade-float32"]
+
+    def difference(report: dict[str, Any]) -> str:
+        low, high = report["interval"]
+        return f"{points(report['difference'])} ({points(low)} to {points(high)})"
+
+    expected = [
+        [
+            " ".join(map(str, cascade["stages"])),
+            f"{100 * cascade['max_loss']:.1f}",
+            f"{cascade['report']['mean_dimensions']:.1f}",
+            difference(cascade["report"]),
+            f"{halvings(cascade['differences'], points)} at {halvings(cascade['mean_dimensions'], '{:.1f}'.format)}",
+            f"{cascade['bytes_received']:.0f}",
+            f"{cascade['images_sent']:.2f}",
+        ]
+        for cascade in measured["cascades"]
+    ]
+    for report in measured["fixed"]:
+        m = round(report["mean_dimensions"])
+        if 8 <= m < 128:
+            expected.append([f"{m} alone", "", str(m), difference(report), "", str(4 * m), "1"])
+    assert table(repository / "docs" / "budgets-and-classification.md", "stages") == expected
+
+
+def test_the_few_shot_table(repository: Path, results: dict[str, Any]) -> None:
+    unseen, control, earlier = (
+        {(score["dimensions"], score["shots"]): score for score in results[name]["scores"]}
+        for name in ("few-shot-unseen", "few-shot-seen", "few-shot-seen-earlier-bundle")
+    )
+
+    def cell(score: dict[str, Any], which: str) -> str:
+        return f"{100 * score[which]:.1f} ± {100 * score[f'{which}_std']:.1f}"
+
+    rows = table(repository / "docs" / "budgets-and-classification.md", "dimensions")
+    assert [(int(row[0]), int(row[1])) for row in rows] == [(m, n) for m in (2, 8, 32, 128) for n in (1, 5, 20)]
+    for dimensions, shots, *cells in rows:
+        key = int(dimensions), int(shots)
+        assert cells == [
+            cell(unseen[key], "unseen"),
+            cell(control[key], "unseen"),
+            cell(earlier[key], "unseen"),
+            cell(unseen[key], "seen"),
+            cell(control[key], "seen"),
+        ]
