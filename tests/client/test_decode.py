@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,6 +72,22 @@ def test_order_is_kept_over_several_requests(client: EmbeddingClient, images: La
     assert np.abs(decoded[290:].astype(int) - last).max() <= 1
     error = ((decoded / 255.0 - pixels / 255.0) ** 2).mean()
     assert error < 0.5 * ((np.roll(decoded, 1, axis=0) / 255.0 - pixels / 255.0) ** 2).mean()
+
+
+def test_the_documentation_holds_what_is_measured(
+    client: EmbeddingClient, images: LabelledImages, card: ModelCard, repository: Path
+) -> None:
+    """Every figure of docs/privacy.md, to its last digit but one."""
+    text = (repository / "docs" / "privacy.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([.\d]+) \| ([.\d]+) \| ([.\d]+) \|$", text, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == list(card.prefixes)
+    originals = images.query_images / 255.0
+    assert f"{((originals - originals.mean(axis=0)) ** 2).mean():.4f}" in text
+    for column, precision in enumerate(("float32", "int8", "binary"), start=1):
+        codes = client.embed(images.query_images, precision=precision)
+        for row in rows:
+            decoded = client.decode(codes.truncate(int(row[0]))) / 255.0
+            assert ((decoded - originals) ** 2).mean() == pytest.approx(float(row[column]), abs=2e-4)
 
 
 @pytest.mark.parametrize("precision", codec.PRECISIONS)
