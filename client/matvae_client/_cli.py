@@ -13,6 +13,7 @@ from pathlib import Path
 
 from matvae import __version__
 from matvae.v1 import codec
+from matvae_client import _cli_decode as decode
 from matvae_client import _cli_files as files
 from matvae_client import _cli_folder as folder
 from matvae_client import _cli_gallery as gallery
@@ -34,6 +35,7 @@ examples:
   matvae search photos.codes query.png -k 5            the nearest photos; the codes stay on this machine
   matvae pull photos --memory 8MB                      codes that the server computed, at the size that fits
   matvae classify query.png --dimensions 32 --kind mlp
+  matvae decode photos --out sheet.png                 what each prefix of a code still shows of its image
 
 A server must be running: matvae-serve, on this machine or another (--server HOST:PORT, or MATVAE_SERVER).
 Each command has its own --help.
@@ -241,6 +243,8 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="an image, or a folder of images")
     _add_dimensions(classify)
     classify.add_argument("--kind", default="logistic", choices=HEAD_KINDS, help="default logistic")
+
+    decode.add_arguments(command("decode", decode.run, decode.HELP, decode.EXAMPLES))
     return parser
 
 

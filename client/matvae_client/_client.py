@@ -26,6 +26,7 @@ from matvae_client._coalescer import Coalescer
 from matvae_client._codes import Codes
 from matvae_client._connection import Connection, Reply, Request
 from matvae_client._credentials import Credentials
+from matvae_client._decode import decode
 from matvae_client._errors import (
     ImageErrors,
     InvalidRequestError,
@@ -234,6 +235,18 @@ class EmbeddingClient:
             wanted.request(self._model_name),
             max_in_flight=max_in_flight,
             seconds=self._seconds(timeout),
+        )
+
+    def decode(self, codes: Codes, *, timeout: float | None = None) -> codec.Bytes:
+        """What the codes know, as images uint8 (n, height, width, channels), in their order.
+
+        The longest trained prefix that they hold is decoded: of 48 dimensions, say, the first 32. Raises
+        FingerprintMismatchError for codes of another model, and InvalidRequestError for codes that do not start at
+        offset 0, are shorter than every trained prefix, or hold values that are not finite.
+        """
+        seconds = self._seconds(timeout)
+        return decode(
+            codes, self.model(), self._model_name, lambda request: self._call(self._stub.Decode, request, seconds)
         )
 
     def galleries(self) -> tuple[GallerySummary, ...]:

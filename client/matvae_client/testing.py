@@ -7,8 +7,9 @@
             codes = client.embed(my_images, dimensions=8)
 
 No socket, no model: a code is the mean brightness of 16 patches of the image, those far apart first, so the same image
-has the same code and alike images are neighbours. The one head tells dark from bright. Everything else is the client's
-own code, from the checks of its arguments to the bytes of its requests.
+has the same code and alike images are neighbours. The one head tells dark from bright; decoding paints the patches that
+the prefix holds. Everything else is the client's own code, from the checks of its arguments to the bytes of its
+requests.
 """
 
 from __future__ import annotations
@@ -164,6 +165,18 @@ def _embed(request: pb.EmbedRequest) -> pb.EmbedResponse:
     return pb.EmbedResponse(codes=codes, errors=errors, compute_precision=pb.COMPUTE_PRECISION_FP32)
 
 
+def _decode(request: pb.DecodeRequest) -> pb.DecodeResponse:
+    codes, m = request.codes, max(prefix for prefix in PREFIXES if prefix <= request.codes.dimensions)
+    rows = np.frombuffer(codes.data, np.uint8).reshape(codes.count, -1)
+    quantiser = _QUANTISER.slice(0, codes.dimensions)
+    known = codec.unpack(rows, codes.dimensions, codec.PRECISION_NAMES[codes.precision], quantiser)[:, :m]
+    patches = np.repeat(known.mean(axis=1, keepdims=True), DIMENSIONS, axis=1)  # what is not known is as the rest is
+    patches[:, _ORDER[:m]] = known
+    small = np.rint(255 * np.clip(patches, 0, 1)).astype(np.uint8).reshape(-1, 4, 4, 1)
+    pixels = small.repeat(_SIDE // 4, axis=1).repeat(_SIDE // 4, axis=2)
+    return pb.DecodeResponse(images=pb.RawImages(pixels=pixels.tobytes(), shape=pixels.shape), dimensions=m)
+
+
 def _get_head(request: pb.GetHeadRequest) -> pb.GetHeadResponse:
     m = request.dimensions
     if m not in PREFIXES or request.kind != pb.HEAD_KIND_LOGISTIC:
@@ -213,4 +226,5 @@ _ANSWERS: dict[str, Callable[[Any], Any]] = {
     "ListGalleries": _list_galleries,
     "Embed": _embed,
     "GetHead": _get_head,
+    "Decode": _decode,
 }

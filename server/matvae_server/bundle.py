@@ -51,6 +51,7 @@ class Bundle:
     card: cards.Card
     tensors: Tensors
     encoder_onnx: bytes
+    decoder_onnx: bytes
 
     def part(self, name: str) -> Tensors:
         """The tensors under `name.`, without that prefix: encoder, decoder."""
@@ -111,7 +112,9 @@ def load(path: Path) -> Bundle:
             )
     try:
         tensors: Tensors = dict(load_tensors(contents[MODEL]))
-        bundle = Bundle(path=path, card=card, tensors=tensors, encoder_onnx=contents[ENCODER])
+        bundle = Bundle(
+            path=path, card=card, tensors=tensors, encoder_onnx=contents[ENCODER], decoder_onnx=contents[DECODER]
+        )
         for kind, dimensions in card.heads:
             _check_head(bundle.head(kind, dimensions), len(card.classes))
     except SafetensorError as error:

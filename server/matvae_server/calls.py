@@ -83,6 +83,10 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
         """See the proto."""
         return await self._call("GetHead", _async(self._core.get_head), request, context)
 
+    async def Decode(self, request: pb.DecodeRequest, context: Any) -> pb.DecodeResponse:  # noqa: N802
+        """See the proto."""
+        return await self._call("Decode", self._core.decode, request, context)
+
     async def ListGalleries(  # noqa: N802
         self, request: pb.ListGalleriesRequest, context: Any
     ) -> pb.ListGalleriesResponse:

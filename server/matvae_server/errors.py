@@ -8,6 +8,7 @@
     ├── ResourceExhaustedError    RESOURCE_EXHAUSTED, RetryInfo says when to come back
     ├── DeadlineExceededError     DEADLINE_EXCEEDED: the answer would come too late, so nothing was computed
     ├── UnavailableError          UNAVAILABLE: the server is draining
+    ├── UnimplementedError        UNIMPLEMENTED: the call needs something that is not installed here
     └── InternalError             INTERNAL: our fault; the log has the rest, under the id in the message
 
 What must not reach a caller (paths, tracebacks) goes to the log, never into the message.
@@ -116,6 +117,12 @@ class UnavailableError(ServiceError):
     """The server is draining; another one, or this one restarted, will answer."""
 
     status = grpc.StatusCode.UNAVAILABLE
+
+
+class UnimplementedError(ServiceError):
+    """The call needs something that is not installed on this server; every other call is answered."""
+
+    status = grpc.StatusCode.UNIMPLEMENTED
 
 
 class InternalError(ServiceError):

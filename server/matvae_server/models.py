@@ -19,6 +19,7 @@ from matvae_server.admission import Admission, BatchTime
 from matvae_server.batcher import Batcher
 from matvae_server.bundle import Bundle, BundleError
 from matvae_server.config import ServerConfig
+from matvae_server.decoder import Decoder
 from matvae_server.errors import FailedPreconditionError, NotFoundError
 from matvae_server.runtimes import Encoder
 
@@ -37,12 +38,15 @@ class ModelError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A live model: its bundle, what computes its codes and in what order, and what this server tells about it."""
+    """A live model: its bundle, what computes its codes and in what order, what turns codes back into images, and what
+    this server tells about it.
+    """
 
     bundle: Bundle
     encoder: Encoder
     batcher: Batcher
     admission: Admission
+    decoder: Decoder
     description: pb.GetModelResponse
 
     @property
@@ -191,7 +195,14 @@ async def _warm(config: ServerConfig, bundle: Bundle, encoder: Encoder, on_batch
     )
     description.limits.max_queue_images = admission.bound
     description.limits.min_ping_interval_ms = config.min_ping_interval_ms
-    return Model(bundle=bundle, encoder=encoder, batcher=batcher, admission=admission, description=description)
+    return Model(
+        bundle=bundle,
+        encoder=encoder,
+        batcher=batcher,
+        admission=admission,
+        decoder=Decoder(bundle),
+        description=description,
+    )
 
 
 async def _try_out(bundle: Bundle, batcher: Batcher, count: int) -> float:

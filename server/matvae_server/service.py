@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
+from matvae_server import decoder
 from matvae_server import images as imaging
 from matvae_server.call import Call
 from matvae_server.card import HEAD_KINDS
@@ -194,6 +195,25 @@ class EmbeddingCore:
                 scale=_tensor(head.scale),
                 layers=[pb.DenseLayer(weight=_tensor(weight), bias=_tensor(bias)) for weight, bias in head.layers],
             )
+        )
+
+    async def decode(self, request: pb.DecodeRequest, call: Call) -> pb.DecodeResponse:
+        """An image of each code, by the decoder of the longest trained prefix that the codes hold.
+
+        Raises NotFoundError, and what `decoder.check` and `Decoder.decode` raise.
+        """
+        codes = request.codes
+        model = self._models.find(request.model, codes.fingerprint)
+        card = model.bundle.card
+        decoder.check(codes, card, self._limits)
+        call.model, call.dimensions = card.name, decoder.prefix_of(codes.dimensions, card)
+        call.precision = codec.PRECISION_NAMES[codes.precision]
+        call.images += codes.count
+        loop = asyncio.get_running_loop()
+        # In the pool: neither the event loop nor the encoder waits. Of a caller that has gone nothing more is begun.
+        images = await loop.run_in_executor(self._decoders.executor, model.decoder.decode, codes)
+        return pb.DecodeResponse(
+            images=pb.RawImages(pixels=images.tobytes(), shape=images.shape), dimensions=call.dimensions
         )
 
     async def list_galleries(self, _request: pb.ListGalleriesRequest, _call: Call) -> pb.ListGalleriesResponse:
