@@ -103,7 +103,7 @@ def server_of_its_own(
 
 
 def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the heaviest load should look like, and whether it does; a loader that lagged settles nothing."""
+    """What the heaviest load should look like, and whether it does; the last says whether to believe the others."""
     points = results["points"]
     last = max(points, key=lambda point: point["load"])
     kept_up = all(point["kept_up"] for point in points)
