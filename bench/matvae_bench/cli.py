@@ -6,17 +6,16 @@ import argparse
 import dataclasses
 import importlib.util
 import os
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matvae_bench import classification
+from matvae_bench import classification, load_commands
 from matvae_bench.arguments import duration, whole_number
 from matvae_bench.errors import BenchmarkError
-from matvae_bench.output import print_table, save
+from matvae_bench.output import print_table, save, spread
 
 _EXAMPLES = """\
 examples:
@@ -27,6 +26,10 @@ examples:
   matvae-bench cascade --data-root DIR                 8 dimensions where they are sure, longer prefixes where not
   matvae-bench few-shot --data-root DIR                classes that the encoder never saw, from 1, 5 and 20 images
   matvae-bench retrieval                               ways to search compared: recall, speed, memory
+  matvae-bench throughput --out throughput.json        images/s beside the encoder alone and beside a bare echo server
+  matvae-bench overload --plot overload.svg            goodput and latency at up to three times the saturating load
+  matvae-bench features                                what tokens, TLS, metrics and the access log cost
+  matvae-bench soak --minutes 10                       mixed requests, and what becomes of the server's memory
   matvae-bench client-cost                             what installing and running the client alone costs
 """
 
@@ -74,8 +77,8 @@ def _run(options: argparse.Namespace) -> None:
         (
             name,
             f"{profile['requests']:,}",
-            _spread(profile["images_per_second"], 0),
-            *(_spread(profile[key], 2) for key in ("p50_ms", "p95_ms", "p99_ms")),
+            spread(profile["images_per_second"], 0),
+            *(spread(profile[key], 2) for key in ("p50_ms", "p95_ms", "p99_ms")),
             f"{profile['code_bytes_per_image']:.0f}",
             ", ".join(f"{code} {count}" for code, count in profile["failures"].items()) or "none",
         )
@@ -89,11 +92,6 @@ def _run(options: argparse.Namespace) -> None:
     print_table(title, headings, rows)
     out = options.out or Path("bench-results") / f"load-{time.strftime('%Y%m%d-%H%M%S')}.json"
     save(out, {"served": served, "summary": summary, "runs": runs})
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
 
 
 def _accuracy(options: argparse.Namespace) -> None:
@@ -251,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--out", type=Path, help="JSON file for the results")
     search.add_argument("--plot", type=Path, help="PNG or SVG file for recall against speed")
 
+    load_commands.add_commands(add)
     cost = add("client-cost", _client_cost, "install the client alone and measure its size, import time and memory")
     cost.add_argument("--project", type=Path, default=Path(), help="the source tree to install from (default .)")
     cost.add_argument("--out", type=Path, help="JSON file for the results")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+Told = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+"""A table: title, headings, rows."""
 
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -17,10 +21,45 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
 
     table = Table(title=title, title_justify="left")
     for heading in headings:
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def print_markdown(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The same as Markdown, for the documentation."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    print(f"{title}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+
+
+def known(value: float | None, form: str) -> str:
+    """The number in that format; a dash where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def milliseconds(value: float | None) -> str:
+    """With the digits that matter: two below ten, else one."""
+    return known(value, ".2f" if value is not None and value < 10 else ",.1f")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation; a dash where there is no value."""
+    if not values:
+        return "-"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):,.{digits}f} ± {deviation:,.{digits}f}"
+
+
+def verdict(reached: bool | None) -> str:
+    """Whether a goal is reached, or nobody knows."""
+    return {True: "yes", False: "no", None: "not measured"}[reached]
+
+
+def first_line(text: str, most: int = 100) -> str:
+    """The first line, cut where it is longer."""
+    line = text.strip().partition("\n")[0]
+    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def save(path: Path | None, results: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The pictures: accuracy against what a vector costs."""
+"""The pictures: accuracy against what a vector costs, recall against speed, latency against load."""
 
 from __future__ import annotations
 
@@ -87,6 +87,44 @@ def recall_against_speed(points: Sequence[dict[str, Any]], path: Path, *, title:
     axes.grid(alpha=0.3)
     about = "bytes per vector in memory"
     figure.legend(fontsize=7, title=about, title_fontsize=7, loc="outside right upper", markerscale=0.6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def load_curve(results: dict[str, Any], path: Path) -> None:
+    """Goodput and p99 against the offered load, of `overload`'s results: two panels, one axis of images/s."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    points, saturation = results["points"], results["saturation"]
+    offered = [point["offered"] for point in points]
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6.4), layout="constrained", sharex=True)
+    above.plot(offered, [point["goodput"] for point in points], marker="o", color="#1b4965", label="answered")
+    above.plot(offered, offered, color="#999999", linestyle=":", label="offered")
+    above.set_ylim(0, 1.25 * max(point["goodput"] for point in points))
+    above.set(ylabel="images/s")
+    for key, colour, label in (
+        ("p50", "#5fa8d3", "p50, from when it was due"),
+        ("p99", "#d1495b", "p99, from when it was due"),
+    ):
+        below.plot(offered, [point["latency_ms"][key] for point in points], marker="o", color=colour, label=label)
+    p99 = [point["service_ms"]["p99"] for point in points]
+    below.plot(offered, p99, color="#edae49", linestyle="--", label="p99, from when it was sent")
+    below.set_ylim(bottom=0)
+    below.set(ylabel="ms", xlabel="offered images/s")
+    lagged = [point for point in points if not point["kept_up"]]
+    if lagged:
+        style = {"marker": "x", "linestyle": "", "color": "black", "label": "the loader lagged"}
+        below.plot([p["offered"] for p in lagged], [p["latency_ms"]["p99"] for p in lagged], **style)
+    for axes in (above, below):
+        axes.axvline(saturation, color="#999999", linewidth=1)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    settings = results["settings"]
+    figure.suptitle(f"{settings['images']} image(s) a request, {settings['arrivals']} arrivals", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

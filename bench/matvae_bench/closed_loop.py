@@ -1,0 +1,166 @@
+"""A closed loop: so many requests in flight, the next one leaves when one is answered. h2load where it is installed.
+
+h2load (nghttp2, Debian's nghttp2-client) is a loader that nobody here wrote, and its clients cost next to nothing. It
+takes every reply for a success, because a gRPC error, too, is HTTP 200: so the bytes of data that it received are
+compared with those of a good reply, which an error has none of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from matvae_bench.errors import BenchmarkError
+from matvae_bench.outcomes import percentiles
+from matvae_bench.payloads import EMBED, Payload
+from matvae_bench.wire import framed
+
+WARM_UP_SECONDS = 0.5
+
+_REQUESTS = re.compile(
+    r"requests: (\d+) total, \d+ started, (\d+) done, \d+ succeeded, (\d+) failed, (\d+) errored, (\d+) timeout"
+)
+_DATA = re.compile(r"traffic: .*?\((\d+)\) data$", re.MULTILINE)
+_RATE = re.compile(r"finished in .*?, ([\d.]+) req/s")
+
+
+def loader() -> str:
+    """Which one `run` would take: `h2load 1.52.0`, say, or `grpc.aio`."""
+    if not shutil.which("h2load"):
+        return "grpc.aio"
+    done = subprocess.run(["h2load", "--version"], capture_output=True, text=True, check=False)
+    return "h2load " + done.stdout.strip().rpartition("/")[2]
+
+
+def run(
+    target: str,
+    payload: Payload,
+    *,
+    in_flight: int,
+    seconds: float,
+    connections: int = 1,
+    token: str | None = None,
+    authority: Path | None = None,
+    reply_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Load the server at `target`; `requests_per_second`, `images_per_second`, `latency_ms`, and `failed` requests.
+
+    `in_flight` is divided among the connections. `authority` is the PEM certificate to trust: the load then comes over
+    TLS. `reply_bytes` is the length of a good reply's message: replies that fall short count as failed.
+
+    Raises BenchmarkError where no request was answered.
+    """
+    if in_flight % connections:
+        raise ValueError(f"in_flight must be a multiple of connections, not {in_flight} of {connections}")
+    common: dict[str, Any] = {"in_flight": in_flight, "connections": connections, "seconds": seconds, "token": token}
+    if shutil.which("h2load"):
+        measured = _h2load(target, payload, tls=authority is not None, reply_bytes=reply_bytes, **common)
+    else:
+        certificate = authority.read_bytes() if authority else None
+        measured = asyncio.run(_aio(target, payload, authority=certificate, **common))
+    if not measured["requests_per_second"]:
+        raise BenchmarkError(f"{target} answered no request in {seconds:g} s")
+    return measured | {"images_per_second": measured["requests_per_second"] * payload.images}
+
+
+def _h2load(
+    target: str,
+    payload: Payload,
+    *,
+    in_flight: int,
+    connections: int,
+    seconds: float,
+    token: str | None,
+    tls: bool,
+    reply_bytes: int | None,
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="matvae-load-") as folder:
+        body, log = Path(folder) / "body", Path(folder) / "log"
+        body.write_bytes(framed(payload.data))
+        command = [
+            "h2load",
+            *("-c", str(connections), "-m", str(in_flight // connections), "-t", "1"),
+            *("-D", f"{max(1, round(1000 * seconds))}ms", f"--warm-up-time={round(1000 * WARM_UP_SECONDS)}ms"),
+            *("-d", str(body), f"--log-file={log}"),
+            *("-H", "content-type: application/grpc", "-H", "te: trailers"),
+            *(("-H", f"authorization: Bearer {token}") if token else ()),
+            f"http{'s' if tls else ''}://{target}{EMBED}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60 + 2 * seconds)
+        found, rate, data = (pattern.search(done.stdout) for pattern in (_REQUESTS, _RATE, _DATA))
+        if done.returncode or not (found and rate and data):
+            raise BenchmarkError(f"h2load failed: {(done.stderr or done.stdout).strip()}")
+        rows = np.loadtxt(log, delimiter="\t", dtype=np.int64, ndmin=2) if log.stat().st_size else np.empty((0, 3))
+    answered, failed = int(found[2]), sum(int(found[number]) for number in (3, 4, 5))
+    if reply_bytes is not None:
+        missing = answered - round(int(data[1]) / (reply_bytes + 5))
+        # What was in flight as the time began, or ended, may have its headers on one side and its data on the other.
+        failed += missing if missing > in_flight else 0
+    good_share = max(0.0, 1 - failed / answered) if answered else 0.0
+    return {
+        "requests_per_second": float(rate[1]) * good_share,
+        "latency_ms": percentiles(rows[:, 2] / 1000),
+        "requests": answered,
+        "failed": failed,
+    }
+
+
+async def _aio(
+    target: str,
+    payload: Payload,
+    *,
+    in_flight: int,
+    connections: int,
+    seconds: float,
+    token: str | None,
+    authority: bytes | None,
+) -> dict[str, Any]:
+    options = [
+        ("grpc.enable_retries", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.max_receive_message_length", -1),
+    ]
+    if authority:
+        credentials = grpc.ssl_channel_credentials(authority)
+        channels = [grpc.aio.secure_channel(target, credentials, options) for _ in range(connections)]
+    else:
+        channels = [grpc.aio.insecure_channel(target, options) for _ in range(connections)]
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    latencies: list[float] = []
+    failed = 0
+    begin = time.perf_counter() + WARM_UP_SECONDS
+    end = begin + seconds
+
+    async def caller(channel: grpc.aio.Channel) -> None:
+        nonlocal failed
+        call: Any = channel.unary_unary(EMBED)
+        while (start := time.perf_counter()) < end:
+            try:
+                await call(payload.data, timeout=60, metadata=metadata)
+            except grpc.aio.AioRpcError:
+                failed += begin <= start
+                await asyncio.sleep(0.01)  # who is refused at once should not spin
+                continue
+            if begin <= (now := time.perf_counter()) < end:
+                latencies.append(now - start)
+
+    try:
+        await asyncio.gather(*(caller(channels[number % connections]) for number in range(in_flight)))
+    finally:
+        for channel in channels:
+            await channel.close()
+    return {
+        "requests_per_second": len(latencies) / seconds,
+        "latency_ms": percentiles(1000 * np.array(latencies)),
+        "requests": len(latencies) + failed,
+        "failed": failed,
+    }

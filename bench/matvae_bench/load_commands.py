@@ -1,0 +1,134 @@
+"""The commands `overload`, `throughput`, `features` and `soak`. What they measure is in the modules of these names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from matvae_bench.arguments import duration, positive, whole_number
+from matvae_bench.errors import BenchmarkError
+from matvae_bench.output import print_markdown, print_table, save
+
+
+def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
+    """Add all four to the parser that `add` adds to."""
+    overload = add("overload", _overload, "offer up to three times what saturates a server: goodput, latency, refusals")
+    overload.add_argument("--server", metavar="HOST:PORT", help="one that runs (default: one of its own, on one core)")
+    overload.add_argument("--images", type=whole_number(1), default=64, help="per request (default 64)")
+    overload.add_argument("--seconds", type=duration, default=8, help="how long each load lasts (default 8)")
+    overload.add_argument(
+        "--load", type=positive, action="append", metavar="SHARE", help="of the saturating one; repeatable"
+    )
+    overload.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson", help="(default poisson)")
+    overload.add_argument("--deadline", type=duration, default=5, help="of a request, in seconds (default 5)")
+    overload.add_argument("--connections", type=whole_number(1), default=4, help="(default 4)")
+    overload.add_argument(
+        "--loader", choices=("wire", "aio"), default="wire", help="prepared HTTP/2 frames, or grpc.aio (default wire)"
+    )
+    overload.add_argument("--plot", type=Path, help="PNG or SVG file for goodput and p99 against the load")
+    _add_common(overload, serve=True)
+
+    throughput = add("throughput", _throughput, "images/s beside the encoder alone and a bare echo server, in one run")
+    throughput.add_argument("--seconds", type=duration, default=3, help="how long each cell lasts (default 3)")
+    throughput.add_argument("--repeats", type=whole_number(1), default=3, help="of every cell (default 3)")
+    throughput.add_argument("--threads", type=whole_number(1), default=1, help="of the encoder (default 1)")
+    names = "encoder, ours, echo, workers, coalescer"
+    throughput.add_argument("--only", action="append", metavar="CELL", help=f"{names}; may be given several times")
+    _add_common(throughput)
+
+    features = add("features", _features, "what tokens, TLS, metrics and the access log cost")
+    features.add_argument("--seconds", type=duration, default=3, help="how long each cell lasts (default 3)")
+    features.add_argument("--repeats", type=whole_number(1), default=5, help="of every cell (default 5)")
+    _add_common(features)
+
+    soak = add("soak", _soak, "mixed requests for minutes: memory, failures, and latency by the minute")
+    soak.add_argument("--minutes", type=positive, default=10, help="(default 10)")
+    soak.add_argument("--load", type=positive, default=0.8, metavar="SHARE", help="of the saturating one (default 0.8)")
+    _add_common(soak, serve=True)
+
+
+def _add_common(command: argparse.ArgumentParser, *, serve: bool = False) -> None:
+    if serve:
+        command.add_argument(
+            "--serve", type=shlex.split, default=[], metavar="FLAGS", help="flags of its own server, in one argument"
+        )
+    command.add_argument("--out", type=Path, help="JSON file for the results")
+    command.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    command.add_argument(
+        "--from",
+        dest="earlier",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing, show this JSON file of an earlier run",
+    )
+
+
+def _overload(options: argparse.Namespace) -> None:
+    from matvae_bench import overload
+
+    settings = overload.Settings(
+        images=options.images,
+        seconds=options.seconds,
+        loads=tuple(sorted(options.load or overload.LOADS)),
+        arrivals=options.arrivals,
+        deadline=options.deadline,
+        connections=options.connections,
+        loader=options.loader,
+    )
+    if options.server and options.serve:
+        raise BenchmarkError("--serve starts a server, --server names one that runs: give one of them")
+    results = _show(
+        options, overload, lambda: overload.run(settings, target=options.server, server_flags=options.serve)
+    )
+    if options.plot:
+        from matvae_bench import plots
+
+        plots.load_curve(results, options.plot)
+
+
+def _throughput(options: argparse.Namespace) -> None:
+    from matvae_bench import throughput
+
+    only = tuple(options.only or throughput.NAMES)
+    if unknown := set(only) - set(throughput.NAMES):
+        raise BenchmarkError(f"--only: no cell is called {unknown.pop()}, there are {', '.join(throughput.NAMES)}")
+    settings = throughput.Settings(seconds=options.seconds, repeats=options.repeats, threads=options.threads, only=only)
+    _show(options, throughput, lambda: throughput.run(settings))
+
+
+def _features(options: argparse.Namespace) -> None:
+    from matvae_bench import features
+
+    settings = features.Settings(seconds=options.seconds, repeats=options.repeats)
+    _show(options, features, lambda: features.run(settings))
+
+
+def _soak(options: argparse.Namespace) -> None:
+    from matvae_bench import soak
+
+    settings = soak.Settings(minutes=options.minutes, load=options.load)
+    _show(options, soak, lambda: soak.run(settings, server_flags=options.serve))
+
+
+def _show(options: argparse.Namespace, module: ModuleType, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Measure, or read what was measured; print the module's tables of it, and save it."""
+    if options.earlier:
+        try:
+            results: dict[str, Any] = json.loads(options.earlier.read_text())
+            tables = module.tables(results)
+        except (ValueError, KeyError, TypeError):
+            command = module.__name__.rpartition(".")[2]
+            raise BenchmarkError(f"{options.earlier} holds no results of matvae-bench {command}") from None
+    else:
+        results = run()
+        tables = module.tables(results)
+    for title, headings, rows in tables:
+        (print_markdown if options.markdown else print_table)(title, headings, rows)
+    if not options.earlier:
+        save(options.out, results)
+    return results

@@ -1,0 +1,177 @@
+"""What a server does with more than it can do: an open loop, at shares of the load that saturates it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from matvae_bench import closed_loop, open_loop, payloads
+from matvae_bench.errors import BenchmarkError
+from matvae_bench.machine import core_pair, on_core
+from matvae_bench.open_loop import Offer
+from matvae_bench.output import Told, known, milliseconds, verdict
+from matvae_bench.server_process import ServerProcess
+
+LOADS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
+GOODPUT_GOAL, LATENCY_GOAL = 0.9, 2.0
+REFERENCE = 0.8
+"""The load whose p99 the others are compared with."""
+
+_SEARCH = (0.8, 1.0, 1.2, 1.5)  # of the closed loop's rate
+_IN_FLIGHT = 8
+
+HEADINGS = (
+    "load", "offered", "sent", "goodput", "of peak", "p50 ms", "p99 ms", "p99 ratio", "sent p99", "refused", "too late",
+    "others", "silent", "loader",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`seconds` is how long a load lasts; `loads` are shares of the saturating one; `deadline` is in seconds."""
+
+    images: int = 64
+    seconds: float = 8.0
+    loads: tuple[float, ...] = LOADS
+    arrivals: Literal["poisson", "constant"] = "poisson"
+    deadline: float = 5.0
+    connections: int = 4
+    loader: str = "wire"
+
+
+def run(settings: Settings, *, target: str | None = None, server_flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Find the load that saturates the server, then offer shares of it; `points`, one for each, and `goals`.
+
+    The server is one of its own, on one core, with this process as the loader on another, unless `target` names one
+    that runs. Raises BenchmarkError where it does not answer.
+    """
+    with server_of_its_own(target, server_flags) as (address, server, pinned):
+        payload = payloads.raw(settings.images)
+        payloads.checked_call(address, payload)
+        offer = Offer(
+            target=address,
+            deadline=settings.deadline,
+            connections=settings.connections,
+            loader=settings.loader,
+        )
+        closed = closed_loop.run(address, payload, in_flight=_IN_FLIGHT, seconds=max(0.2, settings.seconds / 4))
+        search = [
+            _point(settings, offer, closed["images_per_second"] * share, max(0.2, settings.seconds / 2), number)
+            for number, share in enumerate(_SEARCH)
+        ]
+        saturation = max(point["goodput"] for point in search)
+        if not saturation:
+            raise BenchmarkError(f"{address} answered nothing in time under load: give the run more --seconds")
+        points = []
+        for number, load in enumerate(settings.loads):
+            print(f"offering {load:g} x {saturation:,.0f} images/s", file=sys.stderr, flush=True)
+            point = _point(settings, offer, load * saturation, settings.seconds, 100 + number)
+            points.append({"load": load} | point)
+            if server and server.process.poll() is not None:
+                raise BenchmarkError(f"the server ended at load {load:g}: {server.stop()[1]}")
+        payloads.checked_call(address, payload)
+    return {
+        "settings": dataclasses.asdict(settings),
+        "server_flags": list(server_flags),
+        "pinned": pinned,
+        "closed_loop": closed | {"loader": closed_loop.loader()},
+        "search": search,
+        "saturation": saturation,
+        "points": _compared(points),
+    }
+
+
+@contextlib.contextmanager
+def server_of_its_own(
+    target: str | None, flags: Sequence[str]
+) -> Iterator[tuple[str, ServerProcess | None, list[int] | None]]:
+    """The address of a server on one core, its process, and both cores: this process stays on the second meanwhile.
+
+    With a `target` there is no process, and nothing is pinned; with fewer than two cores nothing is pinned either.
+    """
+    if target:
+        yield target, None, None
+        return
+    cores = core_pair()
+    with on_core(cores[0] if cores else None):
+        server = ServerProcess(*flags)
+    with server, on_core(cores[1] if cores else None):
+        yield server.address, server, list(cores) if cores else None
+
+
+def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the heaviest load should look like, and whether it does; the last says whether to believe the others."""
+    points = results["points"]
+    last = max(points, key=lambda point: point["load"])
+    kept_up = all(point["kept_up"] for point in points)
+    unanswered = sum(point["unanswered"] for point in points)
+    goodput, ratio, at = last["of_peak"], last["p99_ratio"], f"at {last['load']:g} x saturation"
+    return [
+        {"name": f"goodput {at}, of its peak", "value": goodput, "goal": f"≥ {GOODPUT_GOAL}",
+         "reached": goodput >= GOODPUT_GOAL},
+        {"name": f"p99 {at}, of that at {REFERENCE:g}", "value": ratio, "goal": f"≤ {LATENCY_GOAL}",
+         "reached": None if ratio is None else ratio <= LATENCY_GOAL},
+        {"name": "requests without an answer", "value": unanswered, "goal": "0", "reached": not unanswered},
+        {"name": "the loader kept up at every load", "value": None, "goal": "yes", "reached": kept_up},
+    ]  # fmt: skip
+
+
+def tables(results: dict[str, Any]) -> list[Told]:
+    """The curve and the goals, as titles, headings and rows; `results` may come out of a file."""
+    settings = results["settings"]
+    title = (
+        f"{settings['images']} image(s) a request, {settings['arrivals']} arrivals, {settings['seconds']:g} s a load, "
+        f"saturated at {results['saturation']:,.0f} images/s; latencies count from when a request was due"
+    )
+    rows = [
+        (
+            f"{point['load']:g}",
+            *(f"{point[key]:,.0f}" for key in ("offered", "sent", "goodput")),
+            f"{point['of_peak']:.2f}",
+            *(milliseconds(point["latency_ms"][key]) for key in ("p50", "p99")),
+            known(point["p99_ratio"], ".2f"),
+            milliseconds(point["service_ms"]["p99"]),
+            *(f"{point['statuses'].get(name, 0):,}" for name in ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")),
+            _others(point["statuses"]),
+            str(point["unanswered"]),
+            milliseconds(point["lateness_ms"]["p99"]) + ("" if point["kept_up"] else " (!)"),
+        )
+        for point in results["points"]
+    ]
+    judged = [
+        (goal["name"], known(goal["value"], ".2f"), goal["goal"], verdict(goal["reached"])) for goal in goals(results)
+    ]
+    return [(title, HEADINGS, rows), ("goals", ("what", "measured", "goal", "reached"), judged)]
+
+
+def _point(settings: Settings, offer: Offer, rate: float, seconds: float, seed: int) -> dict[str, Any]:
+    """One load, in images/s. The first second, or an eighth of the time, only fills the queues."""
+    due = open_loop.arrivals(rate / settings.images, seconds, kind=settings.arrivals, seed=seed)
+    outcomes, _ = open_loop.run(offer, due, [payloads.raw(settings.images)])
+    point = outcomes.summary(seconds, settings.deadline, skip=min(1.0, seconds / 8))
+    late, p99 = point["lateness_ms"]["p99"] or 0.0, point["latency_ms"]["p99"] or 0.0
+    # Up to a tenth of what is told, and a millisecond in any case: then the latencies are the server's, not ours.
+    return point | {"kept_up": late <= max(1.0, p99 / 10)}
+
+
+def _compared(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    peak = max(point["goodput"] for point in points)
+    reference = next((p["latency_ms"]["p99"] for p in points if p["load"] == REFERENCE), None)
+    return [
+        point
+        | {
+            "of_peak": point["goodput"] / peak if peak else 0.0,
+            "p99_ratio": point["latency_ms"]["p99"] / reference
+            if reference and point["latency_ms"]["p99"] is not None
+            else None,
+        }
+        for point in points
+    ]
+
+
+def _others(statuses: dict[str, int]) -> str:
+    shown = ("OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
+    return ", ".join(f"{name} {count:,}" for name, count in statuses.items() if name not in shown) or "none"

@@ -1,0 +1,103 @@
+"""Requests as the loaders send them: serialised once, from the sample's images."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from matvae.v1 import embedding_pb2 as pb
+from matvae_bench.errors import BenchmarkError
+from matvae_bench.images import LabelledImages
+
+EMBED = "/matvae.v1.EmbeddingService/Embed"
+
+# The last two are gRPC's own, of what is no message.
+_REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Payload:
+    """A serialised EmbedRequest. `expected` are the statuses that are right for it: a bad one has to be refused."""
+
+    name: str
+    images: int
+    data: bytes
+    expected: tuple[grpc.StatusCode, ...] = (grpc.StatusCode.OK,)
+
+
+def raw(images: int, *, dimensions: int | None = None, precision: pb.Precision = pb.PRECISION_UNSPECIFIED) -> Payload:
+    """So many raw images of the sample; by default the whole float32 code is asked for."""
+    request = pb.EmbedRequest(raw=_pixels(_images(images)), dimensions=dimensions, precision=precision)
+    name = f"{images} raw, {dimensions or 128}-d {pb.Precision.Name(precision or pb.PRECISION_FLOAT32)[10:].lower()}"
+    return Payload(name=name, images=images, data=request.SerializeToString())
+
+
+def mixed() -> list[Payload]:
+    """What a server meets in a day: sizes, prefixes, precisions, encoded files, and a few requests that are wrong."""
+    one = _images(1)
+    wrong = pb.EmbedRequest(raw=_pixels(one), dimensions=129)
+    return [
+        *[raw(1, dimensions=2, precision=pb.PRECISION_INT8)] * 4,
+        *[raw(1, dimensions=32, precision=pb.PRECISION_INT8)] * 4,
+        *[raw(16)] * 3,
+        *[raw(64, precision=pb.PRECISION_FLOAT16)] * 3,
+        raw(128, precision=pb.PRECISION_BINARY),
+        *[_encoded(8)] * 2,
+        Payload(
+            name="bad dimensions",
+            images=0,
+            data=wrong.SerializeToString(),
+            expected=_REFUSED,
+        ),
+        Payload(name="no message", images=0, data=b"\xff" * 64, expected=_REFUSED),
+    ]
+
+
+def checked_call(
+    target: str, payload: Payload, *, token: str | None = None, authority: bytes | None = None
+) -> pb.EmbedResponse:
+    """One call whose reply must hold a row for each image; retried by nobody.
+
+    `authority` is the PEM certificate to trust; without it there is no TLS. Raises BenchmarkError where the reply is
+    anything else.
+    """
+    options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+    if authority:
+        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(authority), options)
+    else:
+        channel = grpc.insecure_channel(target, options)
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    with channel:
+        embed: Any = channel.unary_unary(EMBED, response_deserializer=pb.EmbedResponse.FromString)
+        try:
+            reply: pb.EmbedResponse = embed(payload.data, timeout=30, metadata=metadata)
+        except grpc.RpcError as error:
+            raise BenchmarkError(f"{target} refuses a good request: {error.code().name}: {error.details()}") from None
+    if reply.errors or reply.codes.count != payload.images:
+        raise BenchmarkError(f"{target} answered {reply.codes.count} of {payload.images} images")
+    return reply
+
+
+def _images(count: int) -> npt.NDArray[np.uint8]:
+    return LabelledImages.sample().query_images.take(range(count), axis=0, mode="wrap")
+
+
+def _pixels(images: npt.NDArray[np.uint8]) -> pb.RawImages:
+    return pb.RawImages(pixels=images.tobytes(), shape=images.shape)
+
+
+def _encoded(count: int) -> Payload:
+    from PIL import Image
+
+    files = []
+    for image in _images(count):
+        file = io.BytesIO()
+        Image.fromarray(image[..., 0]).resize((56, 56)).save(file, "png")
+        files.append(file.getvalue())
+    request = pb.EmbedRequest(encoded=pb.EncodedImages(files=files), dimensions=16)
+    return Payload(name=f"{count} PNG", images=count, data=request.SerializeToString())

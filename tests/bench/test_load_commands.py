@@ -1,0 +1,187 @@
+"""`matvae-bench overload`, `throughput`, `features`, `soak`: small runs of each, and what they say of their results."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from matvae_bench import cli, closed_loop, coalescing, features, machine, overload, soak, throughput
+from matvae_bench.errors import BenchmarkError
+
+
+def bench(*arguments: str) -> str:
+    command = [sys.executable, "-m", "matvae_bench", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def briefly(monkeypatch) -> None:
+    monkeypatch.setattr(closed_loop, "WARM_UP_SECONDS", 0.05)
+
+
+def test_overload_of_a_running_server(server, tmp_path: Path, capsys) -> None:
+    out, plot = tmp_path / "overload.json", tmp_path / "overload.png"
+    load = ("--seconds", "0.4", "--images", "4", "--load", "1.5", "--load", "0.8")
+    told = bench("overload", "--server", server.address, *load, "--out", str(out), "--plot", str(plot))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    results = json.loads(out.read_text())
+    assert [point["load"] for point in results["points"]] == [0.8, 1.5]
+    for point in results["points"]:
+        assert sum(point["statuses"].values()) == point["requests"] > 0
+        assert 0 <= point["of_peak"] <= 1
+    assert results["saturation"] > 0
+    assert results["pinned"] is None, "the server is somebody else's"
+    assert results["closed_loop"]["loader"]
+    assert overload.goals(results)[0]["name"] in told
+    assert cli.main(["overload", "--from", str(out), "--markdown"]) == 0
+    markdown = capsys.readouterr().out
+    tables = re.findall(r"^\|.*\|$", markdown, re.MULTILINE)
+    assert len(tables) == 2 + 2 + 2 + 4, markdown
+
+
+def test_overload_of_a_server_of_its_own_on_a_core_of_its_own(briefly) -> None:
+    settings = overload.Settings(images=1, seconds=0.3, loads=(0.8,), arrivals="constant")
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    results = overload.run(settings, server_flags=("--max-batch", "8"))
+    assert results["pinned"] == (list(pair) if (pair := machine.core_pair()) else None)
+    assert results["points"][0]["p99_ratio"] == 1
+    if before:
+        assert os.sched_getaffinity(0) == before
+
+
+def test_throughput_of_some_cells(monkeypatch, briefly, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(throughput, "CELLS", ((1, 4), (64, 2)))
+    out = tmp_path / "throughput.json"
+    few = ("--seconds", "0.1", "--repeats", "1", "--only", "ours", "--only", "echo")
+    assert cli.main(["throughput", *few, "--markdown", "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert set(results["cells"]) == {"ours 1 x 4", "ours 64 x 2", "echo 1 x 4", "echo 64 x 2"}
+    for repeats in results["cells"].values():
+        assert len(repeats) == 1
+        assert repeats[0]["images_per_second"] > 0
+    assert not results["skipped"]
+    assert "| ours 64 x 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("coalesced", [False, True])
+def test_many_callers_in_one_client(server, coalesced: bool) -> None:
+    try:
+        measured = coalescing.measure(server.address, callers=8, seconds=0.2, coalesced=coalesced)
+    except BenchmarkError as error:
+        assert coalesced
+        assert "no coalesce" in str(error)  # noqa: PT017 - until the client has it
+        return
+    assert measured["images_per_second"] > 0
+    assert measured["failed"] == 0
+
+
+def test_goals_of_throughput() -> None:
+    def rates(rate: float, milliseconds: float = 1.0) -> dict:
+        latency = dict.fromkeys(("p50", "p95", "p99", "mean"), milliseconds)
+        return {"images_per_second": rate, "requests_per_second": rate, "latency_ms": latency, "failed": 0}
+
+    measured = {
+        "encoder": [{"images_per_second": {"1": 10_000, "64": 60_000}}] * 2,
+        "ours 64 x 8": [rates(54_000), rates(48_000)],
+        "ours 1 x 1": [rates(2000, 0.5)] * 2,
+        "echo 1 x 1": [rates(5000, 0.2)] * 2,
+        "ours 1 x 64": [rates(5000)] * 2,
+        "echo 1 x 64": [rates(10_000)] * 2,
+        "plain": [rates(2000), rates(2000)],
+    }
+    judged = [goal.judge(measured) for goal in throughput.GOALS]
+    assert [goal["reached"] for goal in judged] == [True, False, True, None, None]
+    assert judged[0]["values"] == pytest.approx([0.9, 0.8])
+    assert judged[2]["values"] == pytest.approx([0.2, 0.2])
+    results = {
+        "settings": {"threads": 1, "repeats": 2, "seconds": 1.0},
+        "loader": "h2load",
+        "cells": measured,
+        "skipped": {"coalesced": "why not"},
+        "goals": judged,
+    }
+    (_, _, rows), (_, _, goals) = throughput.tables(results)
+    assert [row for row in rows if "skipped: why not" in row]
+    assert [row[-1] for row in goals] == ["yes", "no", "yes", "not measured", "not measured"]
+
+
+def test_an_encoder_that_tells_no_rate_is_one_line(monkeypatch) -> None:
+    class Done:
+        stdout, stderr = "ready", "matvae-serve: error: no such flag"
+
+    monkeypatch.setattr(throughput.subprocess, "run", lambda *_, **__: Done)
+    with pytest.raises(BenchmarkError, match="no such flag"):
+        throughput.encoder(1)
+    Done.stdout = 'model x\n{"runtime": "onnxruntime", "images_per_second": {"1": 5, "64": 7.5}}'
+    assert throughput.encoder(1)["images_per_second"] == {"1": 5.0, "64": 7.5}
+
+
+def test_features_beside_the_plain_server(monkeypatch, briefly) -> None:
+    variants = features._variants
+    monkeypatch.setattr(features, "CELLS", ((1, 4),))
+    chosen = ("plain", "token")
+    monkeypatch.setattr(features, "_variants", lambda *given: {name: variants(*given)[name] for name in chosen})
+    results = features.run(features.Settings(seconds=0.1, repeats=2))
+    assert set(results["cells"]) | set(results["skipped"]) >= {"plain", "token"}
+    assert len(results["cells"]["plain"]["1 x 4"]) == 2
+    ((_, headings, rows),) = features.tables(results)
+    assert rows[0][:1] == ("plain",)
+    assert rows[0][2] == "1.000 ± 0.000"
+    assert all(len(row) == len(headings) for row in rows)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
+def test_a_certificate_for_the_tls_cell(tmp_path: Path) -> None:
+    certificate, key = features.certificate_in(tmp_path)
+    assert "BEGIN CERTIFICATE" in certificate.read_text()
+    assert "PRIVATE KEY" in key.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_soak(monkeypatch) -> None:
+    monkeypatch.setattr(soak, "SAMPLE_SECONDS", 0.2)
+    monkeypatch.setattr(soak, "_PROBES", (40,))
+    results = soak.run(soak.Settings(minutes=0.03, probe_seconds=0.3, deadline=60))
+    kinds = results["by_request"]
+    assert sum(kind["requests"] for kind in kinds.values()) == results["summary"]["requests"] > 0
+    assert sum(results["summary"]["statuses"].values()) == results["summary"]["requests"]
+    assert sum(minute["requests"] for minute in results["minutes"]) == results["summary"]["requests"]
+    assert not sum(kind["unexpected"] for kind in kinds.values()), kinds
+    assert results["growth"] > 0.5
+    assert results["resident_bytes"]["at_the_end"] > 2**20
+    assert len(soak.tables(results)) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_resident_memory_counts_children(server) -> None:
+    ours, whole = machine.resident_bytes(server.process.pid), machine.resident_bytes(os.getpid())
+    assert ours is not None
+    assert whole is not None
+    assert whole > ours, "this process and the server that it started"
+    assert machine.resident_bytes(2**22 + 1) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("overload --load 0", "--load: must be a number above 0, not '0'"),
+        ("overload --images 0", "--images: must be a whole number of at least 1"),
+        ("soak --minutes=-1", "--minutes: must be a number above 0, not '-1'"),
+        ("throughput --only nothing", "no cell is called nothing"),
+        ("overload --server x:1 --serve=--threads", "give one of them"),
+        ("soak --from README.md", "README.md holds no results of matvae-bench soak"),
+    ],
+)
+def test_usage_that_makes_no_sense_is_refused(arguments: str, says: str, capsys, repository: Path, monkeypatch) -> None:
+    monkeypatch.chdir(repository)
+    with contextlib.suppress(SystemExit):
+        assert cli.main(arguments.split()) == 1
+    assert says in capsys.readouterr().err
