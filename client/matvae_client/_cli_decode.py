@@ -16,8 +16,7 @@ from matvae_client import _cli_files as files
 from matvae_client import _cli_output as output
 from matvae_client import _decode_sheet as sheet
 from matvae_client._card import InputSpec, ModelCard
-from matvae_client._cli_arguments import positive
-from matvae_client._client import EmbeddingClient
+from matvae_client._cli_arguments import connect, positive
 from matvae_client._codes import Codes
 from matvae_client._decode import prefix_of
 from matvae_client._errors import InvalidRequestError
@@ -57,13 +56,14 @@ def run(options: argparse.Namespace) -> int:
             raise InvalidRequestError.of("out", f"{options.out} is no name of a PNG file: the sheet is one")
         files.check_file(options.out)
     stored = [path for path in options.paths if path.suffix == ".codes" or (path / store.MANIFEST).is_file()]
-    paths = [Path(name) for name in files.list_files(path for path in options.paths if path not in stored)]
+    listing = files.list_files(path for path in options.paths if path not in stored)
+    paths = [Path(name) for name in listing.files]
     if stored and options.out is None and not paths:
         raise InvalidRequestError.of("out", "of codes alone nothing can be measured: give a PNG file to write")
     there = len(paths)
-    failed: list[tuple[str, str]] = []
+    failed = [*listing.failed]
     parts: list[_Rows] = []
-    with EmbeddingClient(options.server, model=options.model) as client:
+    with connect(options) as client:
         card = client.model()
         if options.dimensions not in (None, *card.prefixes):
             trained = ", ".join(map(str, card.prefixes))
@@ -71,9 +71,10 @@ def run(options: argparse.Namespace) -> int:
                 "dimensions", f"{options.dimensions} is no trained prefix; there are {trained}"
             )
         if paths:
-            codes, failed = files.embed_files(
+            codes, unusable = files.embed_files(
                 client, paths[: options.count], dimensions=options.dimensions, precision=options.precision
             )
+            failed += unusable
             names = codes.ids or ()
             parts.append(_Rows(names=names, codes=codes, originals=_originals(names, card.input)))
         for path in stored:
