@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 
 from matvae import __version__
+from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server import bundle as bundles
 from matvae_server import runtimes
@@ -47,6 +49,8 @@ class Model:
     batcher: Batcher
     admission: Admission
     decoder: Decoder
+    quantiser: Callable[[int, int], codec.Quantiser]
+    """The ranges of z[offset:dimensions], kept once asked for."""
     description: pb.GetModelResponse
 
     @property
@@ -201,6 +205,7 @@ async def _warm(config: ServerConfig, bundle: Bundle, encoder: Encoder, on_batch
         batcher=batcher,
         admission=admission,
         decoder=Decoder(bundle),
+        quantiser=functools.lru_cache(maxsize=256)(bundle.card.quantiser.slice),
         description=description,
     )
 

@@ -104,7 +104,7 @@ class EmbeddingCore:
         vectors = vectors[:, offset:stop]
         if not np.isfinite(vectors).all():
             vectors, errors = _without_broken(vectors, errors, count)
-        rows = codec.pack(vectors, precision, card.quantiser.slice(offset, stop))
+        rows = codec.pack(vectors, precision, model.quantiser(offset, stop))
         data = rows.tobytes()
         call.failed_images += len(errors)
         call.bytes_out += len(data)
