@@ -4,6 +4,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOMS = {
@@ -53,3 +54,8 @@ def test_torch_stays_in_its_modules(repository: Path, package: str) -> None:
 def test_modules_can_be_read_in_a_sitting(repository: Path, package: str) -> None:
     for file in modules(repository, package):
         assert len(file.read_text().splitlines()) <= 320, file
+
+
+def test_no_example_fails_for_being_slow() -> None:
+    assert hypothesis.settings().deadline is None
+    assert hypothesis.settings().derandomize
