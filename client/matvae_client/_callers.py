@@ -79,4 +79,5 @@ def outcome_of(caller: Caller) -> Codes:
 
 def failure(error: ItemError, empty: Codes) -> ImageErrors:
     """What the caller of an image that cannot be embedded gets."""
-    return ImageErrors(f"the image failed: {error.message}", empty, (error,))
+    of = f" {error.path}" if error.path else ""
+    return ImageErrors(f"the image{of} failed: {error.message}", empty, (error,))

@@ -11,6 +11,8 @@ calls, which gRPC retries as the server says; an `EmbedStream` in their place wa
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import os
 import threading
 import time
 from collections import deque
@@ -118,6 +120,8 @@ class Coalescer:
         if not isinstance(item, ItemError) and item.size > self._room:
             item = _images.too_large(0, self._limits)
         if isinstance(item, ItemError):
+            if isinstance(image, str | os.PathLike):
+                item = dataclasses.replace(item, path=os.fspath(image))
             wanted = self._wanted
             empty = Replies(wanted)
             empty.errors.append(item)

@@ -115,7 +115,7 @@ def test_a_writer_that_compacts_meanwhile_takes_nothing_away(
     directory = CodesDirectory(tmp_path / "gallery")
     directory.append(random_codes[:2])
     directory.append(random_codes[2:5])
-    gallery = Gallery.open("random", directory.path, bundle.card)
+    gallery = Gallery.open("random", directory.path, [bundle.card])
     read, left = store.Manifest.read, [2]
 
     def read_and_write(folder: Path) -> store.Manifest:
@@ -134,7 +134,7 @@ def test_a_writer_that_compacts_meanwhile_takes_nothing_away(
     if call == "summary":
         assert gallery.summary().version == directory.version
     elif call == "open":
-        Gallery.open("random", directory.path, bundle.card)
+        Gallery.open("random", directory.path, [bundle.card])
     else:
         end = list(gallery.pull(wanted, 0, 128, "float32"))[-1].end
         assert (end.count, end.newest_version) == (1 if call == "ids" else 5, directory.version)
@@ -146,7 +146,7 @@ def test_a_shard_that_is_missing_for_good_is_no_writers_doing(
 ) -> None:
     directory = CodesDirectory(tmp_path / "gallery")
     directory.append(random_codes[:2])
-    gallery = Gallery.open("random", directory.path, bundle.card)
+    gallery = Gallery.open("random", directory.path, [bundle.card])
     for shard in directory.path.glob("*.codes"):
         shard.unlink()
     with pytest.raises(store.StoreError, match="cannot be read"):
