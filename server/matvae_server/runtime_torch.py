@@ -107,10 +107,9 @@ def _rate(work: Callable[[], object], device: str, seconds: float) -> float:
 
 
 def _keep_fp32() -> None:
-    """TF32 off, by the settings that torch has had since 2.9: `allow_tf32`, the older ones, must not be mixed in."""
-    backends: Any = torch.backends  # which torch does not type
-    for setting in (backends, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):  # alike, or export refuses
-        setting.fp32_precision = "ieee"
+    """TF32 off, by `allow_tf32`: torch.export, in the same process, refuses the settings that came with torch 2.9."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _folded(trunk: nn.Sequential) -> nn.Sequential:

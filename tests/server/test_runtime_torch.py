@@ -67,7 +67,8 @@ def test_bf16_is_as_near_as_published_and_is_not_fp32(fp32: TorchEncoder, bf16: 
 
 def test_fp32_means_fp32(fp32: TorchEncoder) -> None:
     backends = torch.backends
-    assert {backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision} == {"ieee"}
+    assert not backends.cuda.matmul.allow_tf32
+    assert not backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(
