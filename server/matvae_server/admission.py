@@ -6,9 +6,7 @@ its deadline comes before its turn, with the prediction. Predictions rest on mea
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Iterator
 
 from matvae_server.errors import DeadlineExceededError, ResourceExhaustedError
 
@@ -64,9 +62,8 @@ class Admission:
         """How long the encoder takes for so many images, by the latest batches."""
         return self._batch_time.seconds(images, self._max_batch)
 
-    @contextlib.contextmanager
-    def admit(self, images: int, seconds_left: float | None, *, before: float = 0.0) -> Iterator[None]:
-        """Hold a place for so many images until they are encoded, or their caller has gone.
+    def admit(self, images: int, seconds_left: float | None, *, before: float = 0.0) -> Place:
+        """A place for so many images, to be held until they are encoded, or their caller has gone.
 
         `before` is how many seconds pass before they can be encoded at all. Raises ResourceExhaustedError where the
         queue is full, DeadlineExceededError where `seconds_left` (None: no deadline) are over before they are done.
@@ -84,8 +81,19 @@ class Admission:
                 f"{self.depth} images wait: the answer is predicted in {1000 * predicted:.0f} ms, the deadline is in "
                 f"{1000 * max(0.0, seconds_left):.0f} ms; nothing was computed"
             )
-        self.depth += images
-        try:
-            yield
-        finally:
-            self.depth -= images
+        return Place(self, images)
+
+
+class Place:
+    """What was admitted; counts while it is entered."""
+
+    __slots__ = ("_admission", "_images")
+
+    def __init__(self, admission: Admission, images: int) -> None:
+        self._admission, self._images = admission, images
+
+    def __enter__(self) -> None:
+        self._admission.depth += self._images
+
+    def __exit__(self, *_: object) -> None:
+        self._admission.depth -= self._images

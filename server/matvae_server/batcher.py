@@ -13,26 +13,29 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Codes: TypeAlias = npt.NDArray[np.float32]
+_Outcome: TypeAlias = "tuple[Codes, bool] | Exception"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Encoded:
-    """The codes of one request's images; how long they waited for their batch, and how long that took, in seconds."""
+class Encoded(NamedTuple):
+    """The codes of one request's images; how long they waited for their batch, and how long that took, in seconds.
+
+    `finite` is whether all codes of the batch are.
+    """
 
     codes: Codes
+    finite: bool
     queue_seconds: float
     encode_seconds: float
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Work:
+class _Work(NamedTuple):
     images: Pixels
     result: asyncio.Future[Encoded]
     queued: float
@@ -132,25 +135,29 @@ class Batcher:
 
     def _finish(self, started: _Started, ended: float) -> float:
         """Wait for its codes and hand them out; the time then. `ended` is that of the batch in front."""
-        outcome: list[Codes] | Exception
+        outcome: _Outcome
         if isinstance(started.fetches, Exception):
             outcome = started.fetches
         else:
-            outcome = _fetch(started.fetches, [len(work.images) for work in started.batch])
+            outcome = _fetch(started.fetches, sum(len(work.images) for work in started.batch))
         begun, now = max(started.at, ended), time.perf_counter()
         self._loop.call_soon_threadsafe(self._resolve, started.batch, outcome, begun, now - begun)
         return now
 
-    def _resolve(self, batch: list[_Work], outcome: list[Codes] | Exception, started: float, seconds: float) -> None:
-        for index, work in enumerate(batch):
-            if work.result.done():
-                continue
-            if isinstance(outcome, Exception):
-                work.result.set_exception(outcome)
-            else:
-                work.result.set_result(Encoded(outcome[index], started - work.queued, seconds))
-        if not isinstance(outcome, Exception):
-            self.on_batch(sum(len(work.images) for work in batch), seconds)
+    def _resolve(self, batch: list[_Work], outcome: _Outcome, started: float, seconds: float) -> None:
+        if isinstance(outcome, Exception):
+            for work in batch:
+                if not work.result.done():
+                    work.result.set_exception(outcome)
+            return
+        codes, finite = outcome
+        start = 0
+        for work in batch:
+            stop = start + len(work.images)
+            if not work.result.done():
+                work.result.set_result(Encoded(codes[start:stop], finite, started - work.queued, seconds))
+            start = stop
+        self.on_batch(start, seconds)
 
 
 def _at_once(encode: Callable[[Pixels], Codes]) -> Callable[[Pixels], Callable[[], Codes]]:
@@ -163,13 +170,13 @@ def _at_once(encode: Callable[[Pixels], Codes]) -> Callable[[Pixels], Callable[[
     return submit
 
 
-def _fetch(fetches: list[Callable[[], Codes]], sizes: list[int]) -> list[Codes] | Exception:
-    """The codes of parts of these sizes; or what went wrong."""
+def _fetch(fetches: list[Callable[[], Codes]], images: int) -> _Outcome:
+    """The codes of so many images, and whether all are finite; or what went wrong."""
     try:
         pieces = [fetch() for fetch in fetches]
         codes = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        if len(codes) != sum(sizes):
-            raise RuntimeError(f"the encoder gave {len(codes)} codes for {sum(sizes)} images")
-        return np.split(codes, np.cumsum(sizes[:-1]))
+        if len(codes) != images:
+            raise RuntimeError(f"the encoder gave {len(codes)} codes for {images} images")
+        return codes, bool(np.isfinite(codes).all())
     except Exception as error:
         return error

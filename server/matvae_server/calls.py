@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
+import itertools
 import logging
 import re
 import secrets
@@ -26,6 +26,8 @@ from matvae_server.service import EmbeddingCore
 REQUEST_ID = "x-request-id"
 """Metadata: a caller may name its call; the reply's trailers have the name, the caller's or the server's."""
 
+_PROCESS = secrets.token_hex(4)  # and a count: asking the system for each call's name would cost more than the name
+_CALLS = itertools.count()
 _NAMEABLE = re.compile(r"[\x21-\x7e]{1,64}")
 
 Request = TypeVar("Request")
@@ -120,39 +122,68 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
             return await handle(request, call)
         raise AssertionError("a call that fails is aborted")
 
-    @contextlib.asynccontextmanager
-    async def _counted(self, method: str, context: Any, request: object = None) -> AsyncIterator[Call]:
-        """A call in flight; whatever it raises becomes its status."""
-        call = Call(method=method, request_id=_request_id(context), seconds=context.time_remaining())
+    def _counted(self, method: str, context: Any, request: object = None) -> _Counted:
+        return _Counted(self, method, context, request)
+
+    def entered(self, call: Call, request: object) -> None:
+        """A call begins. Raises UnavailableError once the server drains, InvalidArgumentError for no message."""
         call.on_part = self._on_part
         self._in_flight += 1
-        self._idle.clear()
-        try:
-            if self._draining:
-                raise UnavailableError("the server is shutting down: try another, or again in a moment")
-            if isinstance(request, Malformed):
-                raise request.error()
-            yield call
-            context.set_trailing_metadata(_trailers(call))
-            self._tell(call, grpc.StatusCode.OK)
-        except ServiceError as error:
-            self._tell(call, error.status)
-            await _abort(context, error, call)
-        except Exception:
-            log.exception("call failed", extra=logs.fields(call, InternalError.status))
-            self._tell(call, InternalError.status)
-            await _abort(context, InternalError.of(call.request_id), call)
-        except (asyncio.CancelledError, GeneratorExit):  # the caller has gone, or waits no longer
-            self._tell(call, grpc.StatusCode.CANCELLED)
-            raise
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
+        if self._in_flight == 1:
+            self._idle.clear()
+        if self._draining:
+            raise UnavailableError("the server is shutting down: try another, or again in a moment")
+        if isinstance(request, Malformed):
+            raise request.error()
 
-    def _tell(self, call: Call, code: grpc.StatusCode) -> None:
+    def left(self) -> None:
+        """A call is over."""
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
+
+    def tell(self, call: Call, code: grpc.StatusCode) -> None:
+        """Tell the observers how a call ended."""
         for observe in self._observers:
             observe(call, code)
+
+
+class _Counted:
+    """A call in flight, as an asynchronous context manager; whatever it raises becomes its status.
+
+    A class, because the generator that contextlib would make of it costs several times as much, for every call.
+    """
+
+    __slots__ = ("_adapter", "_call", "_context", "_request")
+
+    def __init__(self, adapter: GrpcAdapter, method: str, context: Any, request: object) -> None:
+        self._adapter, self._context, self._request = adapter, context, request
+        self._call = Call(method=method, request_id=_request_id(context), seconds=context.time_remaining())
+
+    async def __aenter__(self) -> Call:
+        try:
+            self._adapter.entered(self._call, self._request)
+        except ServiceError as error:
+            await self.__aexit__(type(error), error, None)
+        return self._call
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        adapter, context, call = self._adapter, self._context, self._call
+        try:
+            if error is None:
+                context.set_trailing_metadata(_trailers(call))
+                adapter.tell(call, grpc.StatusCode.OK)
+            elif isinstance(error, ServiceError):
+                adapter.tell(call, error.status)
+                await _abort(context, error, call)
+            elif isinstance(error, Exception):
+                log.error("call failed", exc_info=error, extra=logs.fields(call, InternalError.status))
+                adapter.tell(call, InternalError.status)
+                await _abort(context, InternalError.of(call.request_id), call)
+            elif isinstance(error, asyncio.CancelledError | GeneratorExit):  # the caller has gone, or waits no longer
+                adapter.tell(call, grpc.StatusCode.CANCELLED)
+        finally:
+            adapter.left()
 
 
 async def _well_formed(requests: AsyncIterator[Request]) -> AsyncIterator[Request]:
@@ -167,7 +198,7 @@ def _request_id(context: Any) -> str:
     for key, value in context.invocation_metadata():
         if key == REQUEST_ID and _NAMEABLE.fullmatch(value):
             return str(value)
-    return secrets.token_hex(8)
+    return f"{_PROCESS}{next(_CALLS):08x}"
 
 
 def _trailers(call: Call) -> tuple[tuple[str, str], ...]:

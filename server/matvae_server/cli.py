@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import json
 import os
@@ -33,10 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"matvae-serve: {error.name} is not installed: pip install 'matvae[server]'", file=sys.stderr)
         return 1
-    from matvae_server import check, logs, measure
+    from matvae_server import check, logs, measure, ports
     from matvae_server.bundle import BundleError
     from matvae_server.config import Security, ServerConfig
-    from matvae_server.ports import StartupError
     from matvae_server.runtimes import RuntimeUnavailableError
     from matvae_server.server import serve
     from matvae_server.workers import serve_with_workers
@@ -52,13 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure(config.log_format)
     try:
         if only_check:
-            print(asyncio.run(check.check(config)))
+            print(ports.run(check.check(config)))
         elif only_measure:
             print(json.dumps(measure.measure(config), indent=1))
         else:
             run = serve if config.workers == 1 else serve_with_workers
-            asyncio.run(run(config, ready=_say_ready))
-    except (StartupError, BundleError, RuntimeUnavailableError) as error:
+            ports.run(run(config, ready=_say_ready))
+    except (ports.StartupError, BundleError, RuntimeUnavailableError) as error:
         logs.say_fatal(config.log_format, str(error))
         return 1
     return 0

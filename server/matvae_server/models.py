@@ -229,5 +229,5 @@ async def _try_out(bundle: Bundle, batcher: Batcher, count: int) -> float:
 def _bound(config: ServerConfig, batch_time: BatchTime) -> int:
     if config.max_queue:
         return config.max_queue
-    rate = config.max_batch / batch_time.seconds(config.max_batch, config.max_batch)
+    rate = config.max_batch / max(1e-6, batch_time.seconds(config.max_batch, config.max_batch))
     return max(2 * config.limits.max_images_per_request, math.ceil(QUEUE_SECONDS * rate))

@@ -15,6 +15,7 @@ from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server import decoder
 from matvae_server import images as imaging
+from matvae_server.batcher import Encoded
 from matvae_server.call import Call
 from matvae_server.card import HEAD_KINDS
 from matvae_server.decoding import DecodePool
@@ -90,7 +91,7 @@ class EmbeddingCore:
             count = len(pixels)
             call.images += count
             with model.admission.admit(count, call.seconds_left):
-                vectors = await self._encode(model, pixels, call)
+                encoded = await self._encode(model, pixels, call)
         elif request.HasField("encoded"):
             files = list(request.encoded.files)
             imaging.check_count(len(files), self._limits, "encoded.files")
@@ -98,20 +99,19 @@ class EmbeddingCore:
             call.images += count
             with model.admission.admit(count, call.seconds_left, before=self._decoders.predict(count)):
                 pixels, errors = await self._decode(files, shape)
-                vectors = await self._encode(model, pixels, call)
+                encoded = await self._encode(model, pixels, call)
         else:
             raise InvalidArgumentError("images", "neither raw nor encoded images: send at least one")
-        vectors = vectors[:, offset:stop]
-        if not np.isfinite(vectors).all():
+        vectors = encoded.codes[:, offset:stop]
+        if not encoded.finite:
             vectors, errors = _without_broken(vectors, errors, count)
-        rows = codec.pack(vectors, precision, model.quantiser(offset, stop))
-        data = rows.tobytes()
+        data = codec.to_bytes(vectors, precision, model.quantiser(offset, stop))
         call.failed_images += len(errors)
         call.bytes_out += len(data)
         return pb.EmbedResponse(
             codes=pb.Codes(
                 data=data,
-                count=len(rows),
+                count=len(vectors),
                 dimensions=stop,
                 offset=offset,
                 precision=codec.PRECISIONS[precision],
@@ -247,12 +247,12 @@ class EmbeddingCore:
             call.bytes_out += len(message.rows.codes.data)
             yield message
 
-    async def _encode(self, model: Model, pixels: Pixels, call: Call) -> Float32:
+    async def _encode(self, model: Model, pixels: Pixels, call: Call) -> Encoded:
         if not len(pixels):
-            return np.empty((0, model.bundle.card.network.dimensions), np.float32)
+            return Encoded(np.empty((0, model.bundle.card.network.dimensions), np.float32), True, 0.0, 0.0)
         encoded = await model.batcher.encode(pixels)
         call.queue_seconds, call.encode_seconds = encoded.queue_seconds, encoded.encode_seconds
-        return encoded.codes
+        return encoded
 
     async def _decode(self, files: list[bytes], image_shape: tuple[int, int, int]) -> tuple[Pixels, list[pb.ItemError]]:
         results = await self._decoders.decode(files, image_shape, self._limits)

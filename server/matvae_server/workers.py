@@ -22,7 +22,7 @@ from grpc_health.v1 import health
 
 from matvae_server import logs, metrics
 from matvae_server.config import ServerConfig, bracketed
-from matvae_server.ports import StartupError, say_serving, serve_health
+from matvae_server.ports import StartupError, run, say_serving, serve_health
 from matvae_server.server import serve, start_lines, stop_signal
 
 _BACKOFF = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -142,7 +142,7 @@ def _run_worker(config: ServerConfig, link: Connection) -> None:
         asyncio.get_running_loop().add_reader(link.fileno(), _parent_is_gone, link)
 
     try:
-        asyncio.run(serve(config, ready=ready))
+        run(serve(config, ready=ready))
     except StartupError as error:
         link.send(str(error))
 

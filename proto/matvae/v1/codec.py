@@ -88,6 +88,13 @@ def pack(vectors: Float32, precision: str, quantiser: Quantiser) -> Bytes:
     raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
 
 
+def to_bytes(vectors: Float32, precision: str, quantiser: Quantiser) -> bytes:
+    """The bytes of `pack`, row after row; of float32 without the steps between."""
+    if precision == "float32":
+        return vectors.astype("<f4", copy=False).tobytes()
+    return pack(vectors, precision, quantiser).tobytes()
+
+
 def unpack(rows: Bytes, width: int, precision: str, quantiser: Quantiser | None) -> Float32:
     """The float32 (n, width) vectors that rows of bytes stand for. The low precisions need their ranges."""
     if precision == "float32":
