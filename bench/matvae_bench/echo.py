@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import signal
 import subprocess
 import sys
@@ -88,4 +89,7 @@ async def _serve(port: int) -> None:
 if __name__ == "__main__":
     _parser = argparse.ArgumentParser(prog="python -m matvae_bench.echo", description=__doc__)
     _parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    asyncio.run(_serve(_parser.parse_args().port))
+    # On the loop that the server has, or the two could not be compared.
+    _factory = importlib.import_module("uvloop").new_event_loop if importlib.util.find_spec("uvloop") else None
+    with asyncio.Runner(loop_factory=_factory) as _runner:
+        _runner.run(_serve(_parser.parse_args().port))
