@@ -125,6 +125,29 @@ def test_a_lone_request_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> N
     assert values([asyncio.run(run())]) == [[7]]
 
 
+@pytest.mark.parametrize(("callers", "breaths"), [(batcher._MANY - 1, 0), (batcher._MANY, 1)])
+def test_only_many_callers_make_it_draw_breath(monkeypatch: pytest.MonkeyPatch, callers: int, breaths: int) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(batcher, "_JUST_NOW_SECONDS", 1e9)  # however slow this machine is
+    encode = Recorder()
+
+    async def run() -> None:
+        one = Batcher(encode, max_batch=64)
+        first = asyncio.create_task(one.encode(labelled(0)))
+        await asyncio.to_thread(encode.started.wait, 10)
+        many = [asyncio.create_task(one.encode(labelled(value))) for value in range(callers)]
+        await asyncio.sleep(0)
+        encode.release.set()
+        await asyncio.gather(first, *many)
+        assert not slept
+        await one.encode(labelled(1))
+        await one.close()
+
+    asyncio.run(run())
+    assert slept == [batcher._BREATH_SECONDS] * breaths
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_encoder_that_loses_rows_fails_its_batch_and_no_other(count: int) -> None:
     replies = iter([np.zeros((count, 4), np.float32), np.zeros((2, 4), np.float32)])
