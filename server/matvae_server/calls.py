@@ -14,7 +14,6 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 from google.protobuf import any_pb2
 from google.rpc import status_pb2
-from grpc_status import rpc_status
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
@@ -28,6 +27,7 @@ REQUEST_ID = "x-request-id"
 
 _PROCESS = secrets.token_hex(4)  # and a count: asking the system for each call's name would cost more than the name
 _CALLS = itertools.count()
+_DETAILS = "grpc-status-details-bin"
 _NAMEABLE = re.compile(r"[\x21-\x7e]{1,64}")
 
 Request = TypeVar("Request")
@@ -222,14 +222,14 @@ def _async(handle: Callable[[Request], Reply]) -> Callable[[Request, Call], Awai
 
 async def _abort(context: Any, error: ServiceError, call: Call) -> NoReturn:
     """End the call with a google.rpc.Status in its trailers (grpc/proposal L44)."""
-    details = []
-    for message in error.details():
-        packed = any_pb2.Any()
-        packed.Pack(message)
-        details.append(packed)
-    status = rpc_status.to_status(status_pb2.Status(code=error.status.value[0], message=str(error), details=details))
-    trailers = (*(status.trailing_metadata or ()), *error.trailers(), *_trailers(call))
-    await context.abort(status.code, status.details, trailers)
+    text = str(error)
+    details = [
+        any_pb2.Any(type_url=f"type.googleapis.com/{message.DESCRIPTOR.full_name}", value=message.SerializeToString())
+        for message in error.details()
+    ]
+    status = status_pb2.Status(code=error.status.value[0], message=text, details=details)
+    trailers = ((_DETAILS, status.SerializeToString()), *error.trailers(), *_trailers(call))
+    await context.abort(error.status, text, trailers)
     raise AssertionError("abort does not return")
 
 

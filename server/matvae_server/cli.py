@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         load,
         "--max-queue",
-        "images that may wait for an encoder, beyond which calls are RESOURCE_EXHAUSTED; 0: a twentieth of a second of "
+        "images that may wait for an encoder, beyond which calls are RESOURCE_EXHAUSTED; 0: a fortieth of a second of "
         "its work, and two full requests at least",
         type=int,
         metavar="IMAGES",

@@ -79,21 +79,27 @@ def check_count(count: int, limits: Limits, field: str) -> None:
         )
 
 
-def from_raw(raw: pb.RawImages, image_shape: tuple[int, int, int], limits: Limits) -> Pixels:
-    """The pixels of a request as uint8 (n, height, width, channels), without a copy.
-
-    Raises InvalidArgumentError where the shape is not the model's or the bytes are not that many.
-    """
+def count_raw(raw: pb.RawImages, image_shape: tuple[int, int, int], limits: Limits) -> int:
+    """How many images a request says it has. Raises InvalidArgumentError where their shape is not the model's."""
     shape = tuple(raw.shape)
     if len(shape) != 4 or shape[1:] != image_shape:
         expected = ", ".join(map(str, image_shape))
         raise InvalidArgumentError("raw.shape", f"{list(shape)} is not [n, {expected}], the shape this model takes")
     check_count(shape[0], limits, "raw.shape")
-    if len(raw.pixels) != math.prod(shape):
+    return shape[0]
+
+
+def from_raw(raw: pb.RawImages, count: int, image_shape: tuple[int, int, int]) -> Pixels:
+    """The pixels of `count` images, as uint8 (n, height, width, channels). Each look at `raw.pixels` copies them.
+
+    Raises InvalidArgumentError where the bytes are not that many.
+    """
+    pixels, size = raw.pixels, count * math.prod(image_shape)
+    if len(pixels) != size:
         raise InvalidArgumentError(
-            "raw.pixels", f"{len(raw.pixels)} bytes, but shape {list(shape)} of uint8 takes {math.prod(shape)}"
+            "raw.pixels", f"{len(pixels)} bytes, but shape {list(raw.shape)} of uint8 takes {size}"
         )
-    return np.frombuffer(raw.pixels, np.uint8).reshape(shape)
+    return np.frombuffer(pixels, np.uint8).reshape(count, *image_shape)
 
 
 def decode(file: bytes, image_shape: tuple[int, int, int], limits: Limits, budget: PixelBudget) -> Pixels:

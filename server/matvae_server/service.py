@@ -87,10 +87,10 @@ class EmbeddingCore:
         call.model, call.dimensions, call.precision = card.name, stop - offset, precision
         errors: list[pb.ItemError] = []
         if request.HasField("raw"):
-            pixels = imaging.from_raw(request.raw, shape, self._limits)
-            count = len(pixels)
+            count = imaging.count_raw(request.raw, shape, self._limits)
             call.images += count
-            with model.admission.admit(count, call.seconds_left):
+            with model.admission.admit(count, call.seconds_left):  # first: who is refused costs no copy of the pixels
+                pixels = imaging.from_raw(request.raw, count, shape)
                 encoded = await self._encode(model, pixels, call)
         elif request.HasField("encoded"):
             files = list(request.encoded.files)
