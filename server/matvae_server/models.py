@@ -86,8 +86,9 @@ class Models:
         return next(iter(self._by_name.values()))
 
     def live(self) -> list[Model]:
-        """Every model that answers, those about to retire last."""
-        return [*self._by_name.values(), *self._retiring.values()]
+        """Every model that answers, those about to retire last; one for each name and fingerprint."""
+        models = [*self._by_name.values(), *self._retiring.values()]
+        return list({(model.bundle.card.name, model.fingerprint): model for model in reversed(models)}.values())[::-1]
 
     def find(self, name: str, expected_fingerprint: str = "") -> Model:
         """The model of that name, the default where it is empty; where a fingerprint is expected, the one that has it.
@@ -102,8 +103,9 @@ class Models:
         retiring = self._retiring.get(expected_fingerprint)
         if retiring and retiring.bundle.card.name == model.bundle.card.name:
             return retiring
+        live = [other.fingerprint for other in self.live() if other.bundle.card.name == model.bundle.card.name]
         raise FailedPreconditionError(
-            f"model {model.bundle.card.name!r} has fingerprint {model.fingerprint}, not the expected "
+            f"model {model.bundle.card.name!r} has fingerprint {' and, for a while, '.join(live)}, not the expected "
             f"{expected_fingerprint}: codes of the two do not mix; fetch the model again and recompute what you store"
         )
 

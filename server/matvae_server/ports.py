@@ -56,10 +56,11 @@ def options(config: ServerConfig) -> list[tuple[str, int]]:
     return options
 
 
-async def say_serving(servicer: health.aio.HealthServicer) -> None:
-    """The server as a whole, and its service, answer calls now."""
+async def say_serving(servicer: health.aio.HealthServicer, serving: bool = True) -> None:
+    """The server as a whole, and its service, answer calls now; or do not."""
+    status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
     for name in ("", SERVICE_NAME):
-        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await servicer.set(name, status)
 
 
 @contextlib.asynccontextmanager
@@ -68,8 +69,7 @@ async def serve_health(config: ServerConfig, servicer: health.aio.HealthServicer
 
     It is not serving until told that it is. Raises StartupError where the port is not to be had.
     """
-    for name in ("", SERVICE_NAME):
-        await servicer.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    await say_serving(servicer, False)
     if config.health_port is None:
         yield None
         return

@@ -139,6 +139,9 @@ def _reloading(config: ServerConfig, models: Models, core: EmbeddingCore) -> Ite
                     "not reloaded, everything stays as it was: %s", error
                 )
                 continue
+            except Exception:
+                log.exception("not reloaded, everything stays as it was")
+                continue
             models.replace(fresh)
             core.galleries = {gallery.name: gallery for gallery in galleries}
             log.info("reloaded: %s", ", ".join(f"{name} {model.fingerprint[:12]}" for name, model in fresh.items()))

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -47,12 +47,16 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
         health_address = await stack.enter_async_context(serve_health(config, health_servicer))
         port = stack.enter_context(_reserved(config))
         stopped = stop_signal()
+
+        async def say_whether_any() -> None:
+            await say_serving(health_servicer, any(worker.ready for worker in workers))
+
         own = dataclasses.replace(config, port=port, health_port=None)
-        workers = [_Worker(own, number) for number in range(config.workers)]
+        workers = [_Worker(own, number, say_whether_any) for number in range(config.workers)]
         try:
             models = await asyncio.gather(*(worker.start() for worker in workers))
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _signal_all, workers, signal.SIGHUP)
-            await say_serving(health_servicer)
+            await say_whether_any()
             ready(f"{bracketed(config.host)}:{port}", start_lines(health_address, metrics_url, models[0]))
             keepers = [asyncio.create_task(worker.keep()) for worker in workers]
             await stopped.wait()
@@ -65,9 +69,11 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
 
 
 class _Worker:
-    """One worker process, and the one that takes its place when it dies."""
+    """One worker process, and the one that takes its place when it dies. `changed` is awaited when `ready` does."""
 
-    def __init__(self, config: ServerConfig, number: int) -> None:
+    def __init__(self, config: ServerConfig, number: int, changed: Callable[[], Awaitable[None]]) -> None:
+        self.ready = False
+        self._changed = changed
         self.process: BaseProcess | None = None
         self._config = config
         self._name = f"worker-{number}"
@@ -90,6 +96,7 @@ class _Worker:
         if isinstance(outcome, str):
             await self.ended()
             raise StartupError(outcome)
+        self.ready = True
         return outcome
 
     async def keep(self) -> None:
@@ -97,6 +104,8 @@ class _Worker:
         deaths = 0
         while True:
             await self.ended()
+            self.ready = False
+            await self._changed()
             lived = asyncio.get_running_loop().time() - self._started
             deaths = 0 if lived > _LONG_ENOUGH else deaths
             delay = _BACKOFF[min(deaths, len(_BACKOFF) - 1)]
@@ -106,6 +115,7 @@ class _Worker:
             await asyncio.sleep(delay)
             try:
                 await self.start()
+                await self._changed()
                 log.info("%s is ready again", self._name)
             except StartupError as error:
                 log.error("%s does not start: %s", self._name, error)  # noqa: TRY400 - the message says it all

@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
@@ -88,6 +90,46 @@ def test_workers_stop_cleanly(pair: ServerProcess) -> None:
         assert pb_grpc.EmbeddingServiceStub(channel).Embed(ONE, timeout=GIVE_UP).codes.count == 1
     status, log = pair.stop()
     assert status == 0, log
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_place_for_metrics_and_health(start_server: Start) -> None:
+    flags = ("--workers", "2", "--metrics-port", "0", "--health-port", "0", "--runtime", "onnxruntime")
+    with start_server(*flags) as server:
+        [metrics] = re.findall(r"metrics on (\S+)", server.said)
+        [probes] = re.findall(r"health on (\S+)", server.said)
+        for _ in range(12):
+            with own_connection(server.address) as channel:
+                pb_grpc.EmbeddingServiceStub(channel).Embed(ONE, timeout=GIVE_UP)
+        with urllib.request.urlopen(metrics, timeout=GIVE_UP) as page:
+            text = page.read().decode()
+        assert 'matvae_requests_total{code="OK",method="Embed"} 12.0' in text
+        with grpc.insecure_channel(probes) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=GIVE_UP)
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            for worker in children(server.process):
+                os.kill(worker, signal.SIGKILL)
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_every_worker_reloads(start_server: Start, bundle: bundles.Bundle, tmp_path: Path) -> None:
+    served = Path(shutil.copytree(bundle.path, tmp_path / "served"))
+    new = other_model(bundle, tmp_path / "new", bundle.card.name)
+    with start_server("--workers", "2", "--bundle", str(served)) as server:
+        for file in (tmp_path / "new").iterdir():
+            shutil.copy(file, served)
+        server.process.send_signal(signal.SIGHUP)
+
+        def live() -> set[str]:
+            seen = set()
+            for _ in range(8):
+                with own_connection(server.address) as channel:
+                    codes = pb_grpc.EmbeddingServiceStub(channel).Embed(ONE, timeout=GIVE_UP).codes
+                    seen.add(codes.fingerprint)
+            return seen
+
+        until(lambda: live() == {new})
 
 
 def test_workers_do_not_share_a_port_with_another_server(pair: ServerProcess) -> None:
@@ -183,8 +225,12 @@ def test_a_reload_under_load_stamps_every_reply_with_what_made_it(
         # Who pins the old one is still answered by it.
         pinned = stub.Embed(pb.EmbedRequest(raw=ONE.raw, expected_fingerprint=old), timeout=GIVE_UP).codes
         assert pinned.fingerprint == old
-        live = {model.fingerprint for model in stub.ListModels(pb.ListModelsRequest(), timeout=GIVE_UP).models}
-        assert live == {old, new}
+        live = [model.fingerprint for model in stub.ListModels(pb.ListModelsRequest(), timeout=GIVE_UP).models]
+        assert live == [new, old]
+        server.process.send_signal(signal.SIGHUP)  # to what it is already: the one that goes is not told twice
+        until(lambda: server.log.count("reloaded: ") == 2)
+        live = [model.fingerprint for model in stub.ListModels(pb.ListModelsRequest(), timeout=GIVE_UP).models]
+        assert live == [new, old]
 
 
 def test_a_retired_model_is_gone_after_its_time(start_server: Start, bundle: bundles.Bundle, tmp_path: Path) -> None:
