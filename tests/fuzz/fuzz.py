@@ -4,7 +4,7 @@
     python tests/fuzz/fuzz.py wire -max_total_time=600
     python tests/fuzz/fuzz.py card -max_total_time=600
 
-`wire` parses bytes as a request and lets the server's core answer it; `card` reads bytes as `card.json`. Anything but an
+`wire` parses bytes as a request and has the core answer it; `card` reads bytes as `card.json`. Anything but an
 answer or a typed error is a finding.
 """
 
