@@ -4,8 +4,8 @@
                 └─► none is: waits with the others; they leave together when a reply comes ┘
 
 There is no timer: who is alone never waits, and the busier the server, the larger the messages. Messages are unary
-calls, which gRPC retries as the server says; an `EmbedStream` in their place was no faster where it was measured, with
-256 threads and with 256 coroutines: a message of many images hides what a call costs.
+calls rather than those of an `EmbedStream`: gRPC retries calls as the server says, and a message of many images hides
+most of what a call costs.
 """
 
 from __future__ import annotations
