@@ -18,7 +18,7 @@ from matvae_server import bundle
 from matvae_server.card import Card, NetworkConfig
 from matvae_server.network import MatVae
 from matvae_training import provenance
-from matvae_training.config import FitConfig
+from matvae_training.config import OBJECTIVES, FitConfig, ObjectiveConfig
 from matvae_training.data import hold_out, load, without
 from matvae_training.evaluate import evaluate, fit_quantiser
 from matvae_training.export import batch_invariance, export, throughput
@@ -60,7 +60,9 @@ def fit_bundle(
     network = dataclasses.replace(network, height=shape[0], width=shape[1], channels=shape[2])
 
     _say(f"fit: {len(train)} images, {config.epochs} epochs")
-    model = fit(train.images, network, config, _Reporter(log))
+    model = fit(
+        train.images, network, config, _Reporter(log), labels=train.labels if config.objective.uses_labels else None
+    )
     fitted = time.perf_counter()
 
     _say("heads: logistic and two-layer MLP of every prefix")
@@ -103,7 +105,7 @@ def fit_bundle(
         card=Card(
             name=dataset,
             fingerprint="",
-            description=f"Matryoshka MMD-VAE of {dataset}: the encoder saw no labels, the heads did.",
+            description=describe(dataset, network, config.objective),
             license="Apache-2.0",
             network=network,
             classes=data.classes,
@@ -154,6 +156,18 @@ def table(card: Card) -> str:
         cells = (f"{100 * values[name, precision, prefix]:7.2f}" for prefix in card.network.prefixes)
         lines.append(f"{name:11}{precision:9}" + "".join(cells))
     return "\n".join(lines)
+
+
+def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -> str:
+    """One sentence for the card: what was trained on what, and who saw labels."""
+    parts = " + ".join(part for part in (objective.reconstruction, objective.divergence) if part != "none")
+    name = next((name for name, value in OBJECTIVES.items() if value == objective), parts)
+    title = {"mmd-vae": "MMD-VAE"}.get(name, f"code ({name})")
+    nested = "Matryoshka" if len(network.prefixes) > 1 else "Single-size"
+    saw = (
+        "encoder and heads learned from labels" if objective.uses_labels else "the encoder saw no labels, the heads did"
+    )
+    return f"{nested} {title} of {dataset}: {saw}."
 
 
 class _Reporter:
