@@ -98,6 +98,13 @@ def _add_data(fit: argparse.ArgumentParser) -> None:
     fit.add_argument("--out", type=Path, required=True, help="directory of the bundle, made if need be")
     fit.add_argument("--log", type=Path, help="file for one line of JSON per epoch")
     fit.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="directory for metrics, a checkpoint after every epoch, and what it takes to repeat the run",
+    )
+    fit.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run, if there is one")
+    fit.add_argument(
         "--exclude-classes",
         type=lambda text: tuple(text.split(",")),
         default=(),

@@ -17,12 +17,19 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a failed export, 2 for input that cannot be used."""
     words = sys.argv[1:] if words is None else list(words)
     options = arguments.parser().parse_args(words)
+    if options.resume and options.run is None:
+        return _fail("--resume needs --run, the directory to go on in")
     try:
         from matvae_training import pipeline
         from matvae_training.export import ExportError
     except ModuleNotFoundError as error:
         return _fail(EXTRA.format(module=error.name))
-    paths = {str(options.data_root): "DATA_ROOT", str(options.out): "OUT", str(options.log): "LOG"}
+    paths = {
+        str(options.data_root): "DATA_ROOT",
+        str(options.out): "OUT",
+        str(options.log): "LOG",
+        str(options.run): "RUN",
+    }
     try:
         with contextlib.ExitStack() as stack:
             network, config = arguments.network(options), arguments.config(options)
@@ -38,6 +45,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 threads=options.threads,
                 command=provenance.command("matvae-train", words, paths),
                 log=log,
+                run=options.run,
+                resume=options.resume,
             )
     except (DataError, FitError, CardError) as error:
         return _fail(str(error))
@@ -47,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
         _fail(str(error))
         return 1
     except KeyboardInterrupt:
-        _fail("interrupted; no bundle was written")
+        _fail(f"interrupted; no bundle was written{'; --resume goes on' if options.run else ''}")
         return 130
     return 0
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from matvae_server.card import NetworkConfig
 from matvae_server.network import MatVae
+from matvae_training.checkpoint import Checkpoint
 from matvae_training.config import FitConfig, FitError
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Matryoshka, Network, Terms
@@ -51,6 +52,7 @@ def fit(
     report: Callable[[Progress], None],
     *,
     labels: Tensor | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> MatVae:
     """Train on uint8 images (n, height, width, channels), int64 labels (n,); returns the network in eval mode.
 
@@ -59,7 +61,7 @@ def fit(
     """
     torch.manual_seed(config.seed)
     model = MatVae(network).to(memory_format=torch.channels_last)
-    train(model, images, config, report, labels=labels)
+    train(model, images, config, report, labels=labels, checkpoint=checkpoint)
     return model
 
 
@@ -70,10 +72,13 @@ def train(
     report: Callable[[Progress], None],
     *,
     labels: Tensor | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Train a model that exists, as `fit` does; seeding and making it is the caller's. It ends in eval mode.
 
-    Raises FitError: fewer images than a batch, a weight or the labels missing, or a term that is no longer a number.
+    With a `checkpoint`, training goes on from what it holds, step by step as if it had never stopped, and saves to it
+    after every epoch. Raises FitError: fewer images than a batch, a weight or the labels missing, a term that is no
+    longer a number, or what a checkpoint raises.
     """
     network, size = model.config, config.batch_size
     if len(config.prefix_weights) != len(network.prefixes):
@@ -95,14 +100,16 @@ def train(
     parameters = [*model.parameters(), *objective.learned().parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=steps)
+    stateful = (model, objective.learned(), optimiser, schedule)
+    done = checkpoint.load(*stateful) if checkpoint else 0
     started = time.perf_counter()
-    for step in range(1, steps + 1):
+    for step in range(done + 1, steps + 1):
         position = (step - 1) % per_epoch
         if position == 0:
             order = torch.randperm(len(images))
         rows = order[position * size :][:size]
         terms = objective(model, images[rows], None if labels is None else labels[rows], (step - 1) / steps)
-        _check_finite(terms, network.prefixes, step)
+        _check_finite(terms, network.prefixes, step, checkpoint)
         optimiser.zero_grad()
         terms.loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -114,19 +121,22 @@ def train(
                 step=step,
                 steps=steps,
                 steps_per_epoch=per_epoch,
-                images_per_second=step * size / elapsed,
-                seconds_left=elapsed / step * (steps - step),
+                images_per_second=(step - done) * size / elapsed,
+                seconds_left=elapsed / (step - done) * (steps - step),
                 terms=terms,
             )
         )
+        if checkpoint and step % per_epoch == 0:
+            checkpoint.save(step, *stateful)
     model.eval()
 
 
-def _check_finite(terms: Terms, prefixes: tuple[int, ...], step: int) -> None:
+def _check_finite(terms: Terms, prefixes: tuple[int, ...], step: int, checkpoint: Checkpoint | None) -> None:
     if torch.isfinite(terms.loss):
         return
+    advice = f"try a lower learning rate{checkpoint or ''}"
     for name, part in terms.parts.items():
         for prefix, value in zip(prefixes, part.tolist(), strict=True):
             if not math.isfinite(value):
-                raise FitError(f"step {step}: the {name} of prefix {prefix} is {value}; try a lower learning rate")
-    raise FitError(f"step {step}: the loss is {terms.loss.item()}; try a lower learning rate")
+                raise FitError(f"step {step}: the {name} of prefix {prefix} is {value}; {advice}")
+    raise FitError(f"step {step}: the loss is {terms.loss.item()}; {advice}")
