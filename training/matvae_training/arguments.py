@@ -11,6 +11,7 @@ from matvae_server.card import NetworkConfig
 from matvae_training.config import (
     CLASSES,
     DIVERGENCES,
+    FOLDER,
     HEADS,
     KERNELS,
     MUTUALS,
@@ -91,10 +92,21 @@ def config(options: argparse.Namespace) -> FitConfig:
 
 
 def _add_data(fit: argparse.ArgumentParser) -> None:
-    fit.add_argument("--dataset", choices=sorted(CLASSES), required=True, help="what to train on")
+    fit.add_argument("--dataset", choices=[*sorted(CLASSES), FOLDER], required=True, help="what to train on")
     fit.add_argument(
-        "--data-root", type=Path, required=True, help="directory in torchvision's layout; missing files are downloaded"
+        "--data-root",
+        type=Path,
+        required=True,
+        help="directory in torchvision's layout, where missing files are downloaded; for `folder`, a directory or zip "
+        "with train/<class>/* and test/<class>/*",
     )
+    fit.add_argument(
+        "--image-shape",
+        type=_shape,
+        metavar="H,W,C",
+        help="what the images of a folder are brought to; one channel is grey (32,32,3)",
+    )
+    fit.add_argument("--name", help="of the model (that of the data set, or of the folder)")
     fit.add_argument("--out", type=Path, required=True, help="directory of the bundle, made if need be")
     fit.add_argument("--log", type=Path, help="file for one line of JSON per epoch")
     fit.add_argument(
@@ -205,3 +217,10 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be numbers separated by commas, not {text!r}") from None
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    sizes = _whole_numbers(text)
+    if len(sizes) != 3 or min(sizes) < 1 or sizes[2] not in (1, 3):
+        raise argparse.ArgumentTypeError(f"must be height, width and 1 or 3 channels, as in 32,32,3, not {text!r}")
+    return sizes[0], sizes[1], sizes[2]

@@ -19,8 +19,12 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "Ankle boot",
     ),
     "mnist": tuple(str(digit) for digit in range(10)),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 }
 """The data sets that `--dataset` knows, and the names of their classes by label."""
+
+FOLDER = "folder"
+"""What `--dataset` calls images of one's own."""
 
 
 class DataError(ValueError):

@@ -15,9 +15,10 @@ import torch
 from matvae_server.card import Card, NetworkConfig
 from matvae_training import provenance
 from matvae_training.bundling import table, write_bundle
-from matvae_training.config import OBJECTIVES, FitConfig, ObjectiveConfig
+from matvae_training.config import FOLDER, OBJECTIVES, FitConfig, ObjectiveConfig
 from matvae_training.data import hold_out, load, without
 from matvae_training.fit import Progress, fit
+from matvae_training.folder import summary
 from matvae_training.run import Run
 
 _SPLIT_SEED = 0  # not the training seed, so that every run is validated on the same images
@@ -34,6 +35,8 @@ def fit_bundle(
     validation: int = 0,
     threads: int | None = None,
     command: str = "",
+    name: str = "",
+    image_shape: tuple[int, int, int] | None = None,
     log: IO[str] | None = None,
     run: Path | None = None,
     resume: bool = False,
@@ -41,16 +44,20 @@ def fit_bundle(
     """Train on `dataset`, evaluate, and write the bundle into `out`; returns its card.
 
     With `validation` that many training images are held out and evaluated on, and the test set is not looked at;
-    without, all of them train and the test set is evaluated once. Classes named in `exclude_classes` are left out of
-    everything, and the card says so. `log` takes one line of JSON per epoch. `run` is a directory for metrics and a
-    checkpoint, from which `resume` goes on. Raises DataError, FitError, ExportError, and OSError where `out` cannot
-    be written.
+    without, all of them train and the test set is evaluated once. `image_shape` (height, width, channels) is what the
+    images of a folder are brought to, and `name` the model's, where it is not the data's. Classes named in
+    `exclude_classes` are left out of everything, and the card says so. `log` takes one line of JSON per epoch. `run` is
+    a directory for metrics and a checkpoint, from which `resume` goes on. Raises DataError, FitError, ExportError, and
+    OSError where `out` cannot be written.
     """
     started = time.perf_counter()
     if threads is not None:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
-    whole = load(dataset, data_root)
+    whole = load(dataset, data_root, image_shape)
+    if whole.unreadable:
+        _say(f"left out {len(whole.unreadable)} files that cannot be read: {summary(whole.unreadable)}")
+    name = name or (data_root.stem if dataset == FOLDER else dataset)
     data = without(whole, exclude_classes) if exclude_classes else whole
     train, held = hold_out(data.train, validation, _SPLIT_SEED) if validation else (data.train, data.test)
     split = "validation" if validation else "test"
@@ -62,6 +69,7 @@ def fit_bundle(
         "split": f"train on {len(train)}, evaluate on {len(held)} ({split})",
         "n_train": str(len(train)),
         "excluded_classes": json.dumps({whole.classes.index(name): name for name in exclude_classes}),
+        "unreadable_files": str(len(whole.unreadable)),
         "seed": str(config.seed),
         "epochs": str(config.epochs),
         "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
@@ -92,8 +100,8 @@ def fit_bundle(
         split=split,
         classes=data.classes,
         out=out,
-        name=dataset,
-        description=describe(dataset, network, config.objective),
+        name=name,
+        description=describe(name, network, config.objective),
         provenance={**repeat, "seconds": f"{fitted - started:.0f} to fit"},
         say=_say,
     )
