@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from matvae_server import bundle
-from matvae_server.card import Card
-from matvae_server.network import MatVae
+from matvae_server.card import Card, Metric
 from matvae_training.data import Split
 from matvae_training.evaluate import evaluate, fit_quantiser
-from matvae_training.export import batch_invariance, export, throughput
+from matvae_training.export import INVARIANCE_BATCHES, Servable, batch_invariance, export, throughput
 from matvae_training.probes import LOGISTIC, MLP, train_heads
 
 
 def write_bundle(
-    model: MatVae,
+    model: Servable,
     *,
     train: Split,
     held: Split,
@@ -31,40 +30,46 @@ def write_bundle(
     description: str,
     license: str = "Apache-2.0",
     provenance: Mapping[str, str],
+    measure: bool = True,
+    invariance_batches: Sequence[int] = INVARIANCE_BATCHES,
     say: Callable[[str], None] = lambda _: None,
 ) -> Card:
     """Fit heads and quantiser on `train`, measure on `held` (the split of that name), and write the bundle `out`.
 
-    Returns its card, which has `provenance` and, beside it, when and how fast. `say` is told what is going on. Raises
-    ExportError, and OSError where `out` cannot be written.
+    Returns its card, which has `provenance` and, beside it, when and how fast. Without `measure` there are neither
+    heads nor metrics, and only the images of `train` are read. `say` is told what is going on. Raises ExportError, and
+    OSError where `out` cannot be written.
     """
     network = model.config
-    say("heads: logistic and two-layer MLP of every prefix")
-    codes, queries = encode(model, train.images), encode(model, held.images)
+    codes = encode(model, train.images)
     quantiser = fit_quantiser(codes)
-    heads = [
-        head
-        for probe in (LOGISTIC, MLP)
-        for head in train_heads(codes, train.labels, network.prefixes, len(classes), probe).values()
-    ]
-
-    say(f"evaluate: {len(held)} {split} images against {len(train)}")
-    metrics = evaluate(
-        gallery=codes,
-        gallery_labels=train.labels,
-        queries=queries,
-        query_labels=held.labels,
-        prefixes=network.prefixes,
-        classes=len(classes),
-        quantiser=quantiser,
-        heads=heads,
-        split=split,
-    )
+    heads: list[bundle.Head] = []
+    metrics: tuple[Metric, ...] = ()
+    if measure:
+        say("heads: logistic and two-layer MLP of every prefix")
+        heads = [
+            head
+            for probe in (LOGISTIC, MLP)
+            for head in train_heads(codes, train.labels, network.prefixes, len(classes), probe).values()
+        ]
+        say(f"evaluate: {len(held)} {split} images against {len(train)}")
+        metrics = evaluate(
+            gallery=codes,
+            gallery_labels=train.labels,
+            queries=encode(model, held.images),
+            query_labels=held.labels,
+            prefixes=network.prefixes,
+            classes=len(classes),
+            quantiser=quantiser,
+            heads=heads,
+            split=split,
+        )
 
     say("export")
-    sample = held.images[torch.arange(256) % len(held)]
+    shown = held if measure else train
+    sample = shown.images[torch.arange(256) % len(shown)]
     exported = export(model, sample)
-    invariance = batch_invariance(model.encoder, exported.encoder, sample)
+    invariance = batch_invariance(model.encoder, exported.encoder, sample, invariance_batches)
     rate = throughput(exported.encoder, sample)
 
     tensors: bundle.Tensors = {key: value.contiguous().numpy() for key, value in model.state_dict().items()}
@@ -99,8 +104,9 @@ def write_bundle(
 
 
 @torch.inference_mode()
-def encode(model: MatVae, images: Tensor, batch_size: int = 1000) -> Tensor:
-    """uint8 images (n, height, width, channels) -> float32 codes (n, dimensions)."""
+def encode(model: Servable, images: Tensor, batch_size: int = 1000) -> Tensor:
+    """uint8 images (n, height, width, channels) -> float32 codes (n, dimensions), in eval mode."""
+    model.eval()
     return torch.cat([model.encoder(batch) for batch in torch.split(images, batch_size)])
 
 

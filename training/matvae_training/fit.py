@@ -69,7 +69,7 @@ def train(
     model: Network,
     images: Tensor,
     config: FitConfig,
-    report: Callable[[Progress], None],
+    report: Callable[[Progress], None] = lambda _: None,
     *,
     labels: Tensor | None = None,
     checkpoint: Checkpoint | None = None,
