@@ -3,7 +3,8 @@
     card.json          the model card, with the SHA-256 of every other file
     model.safetensors  tensors `encoder.*`, `decoder.*`, `head.<kind>.<dimensions>.*`
     encoder.onnx       `images` uint8 (n, height, width, channels) -> `codes` float32 (n, dimensions)
-    decoder.onnx       `codes` float32 (n, dimensions), `prefix_index` int64 () -> `images` float32 in [0, 1]
+    decoder.onnx       `codes` float32 (n, dimensions), `prefix_index` int64 () -> `images` float32 in [0, 1]; left out,
+                       also of the card, where a model has none
 
 A head has `mean` and `scale` (dimensions,), then `0.weight` (outputs, inputs) and `0.bias`, `1.weight`, ... per layer.
 """
@@ -51,7 +52,7 @@ class Bundle:
     card: cards.Card
     tensors: Tensors
     encoder_onnx: bytes
-    decoder_onnx: bytes
+    decoder_onnx: bytes | None
 
     def part(self, name: str) -> Tensors:
         """The tensors under `name.`, without that prefix: encoder, decoder."""
@@ -103,6 +104,8 @@ def load(path: Path) -> Bundle:
     contents = {}
     for name in FILES:
         expected = card.files.get(name)
+        if expected is None and name == DECODER:
+            continue
         if expected is None:
             raise BundleError(f"{path / CARD}: 'files' has no hash of {name}")
         contents[name] = _read(path, name)
@@ -113,7 +116,7 @@ def load(path: Path) -> Bundle:
     try:
         tensors: Tensors = dict(load_tensors(contents[MODEL]))
         bundle = Bundle(
-            path=path, card=card, tensors=tensors, encoder_onnx=contents[ENCODER], decoder_onnx=contents[DECODER]
+            path=path, card=card, tensors=tensors, encoder_onnx=contents[ENCODER], decoder_onnx=contents.get(DECODER)
         )
         for kind, dimensions in card.heads:
             _check_head(bundle.head(kind, dimensions), len(card.classes))
@@ -129,14 +132,18 @@ def load(path: Path) -> Bundle:
     return bundle
 
 
-def save(path: Path, *, card: cards.Card, tensors: Tensors, encoder_onnx: bytes, decoder_onnx: bytes) -> cards.Card:
+def save(
+    path: Path, *, card: cards.Card, tensors: Tensors, encoder_onnx: bytes, decoder_onnx: bytes | None
+) -> cards.Card:
     """Write a bundle into `path`, made if need be; `card.files` and `card.fingerprint` are computed here.
 
     `card.json` is written last, so that a bundle that was cut short is refused rather than half loaded.
     """
     from safetensors.numpy import save as save_tensors
 
-    contents = {MODEL: save_tensors(tensors), ENCODER: encoder_onnx, DECODER: decoder_onnx}
+    contents = {MODEL: save_tensors(tensors), ENCODER: encoder_onnx}
+    if decoder_onnx is not None:
+        contents[DECODER] = decoder_onnx
     encoder = {key.removeprefix("encoder."): value for key, value in tensors.items() if key.startswith("encoder.")}
     card = dataclasses.replace(
         card,
@@ -144,7 +151,8 @@ def save(path: Path, *, card: cards.Card, tensors: Tensors, encoder_onnx: bytes,
         files={name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     )
     path.mkdir(parents=True, exist_ok=True)
-    (path / CARD).unlink(missing_ok=True)
+    for name in (CARD, *FILES):
+        (path / name).unlink(missing_ok=True)
     for name, content in contents.items():
         (path / name).write_bytes(content)
     (path / CARD).write_bytes(card.dumps())

@@ -21,6 +21,8 @@ from matvae.v1 import embedding_pb2 as pb
 FORMAT = 1
 RESIZE_RULE = "fit-bilinear-1"
 """Name of the one rule by which encoded images reach the input shape; `images.decode` is its definition."""
+KINDS = ("conv", "onnx")
+"""Of networks."""
 HEAD_KINDS: dict[str, pb.HeadKind] = {"logistic": pb.HEAD_KIND_LOGISTIC, "mlp": pb.HEAD_KIND_MLP}
 
 _BLANK_DIGEST = "0" * 64
@@ -32,7 +34,11 @@ class CardError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Everything that shapes the network. `prefixes` ascend and end with `dimensions`."""
+    """Everything that shapes the network. `prefixes` ascend and end with `dimensions`.
+
+    Of kind "conv", the network of `network.py`, whose widths are the fields that say so. Of kind "onnx", an encoder of
+    a user's own: served through its ONNX form, which knows its own widths, so those are empty here (see `of_onnx`).
+    """
 
     kind: str = "conv"
     height: int = 28
@@ -47,17 +53,36 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "conv_channels", tuple(self.conv_channels))
         object.__setattr__(self, "prefixes", tuple(self.prefixes))
-        if self.kind != "conv":
-            raise CardError(f"network: unknown kind {self.kind!r}; this version knows 'conv'")
-        sizes = (self.height, self.width, self.hidden, self.decoder_hidden, self.dimensions, *self.conv_channels)
+        if self.kind not in KINDS:
+            raise CardError(f"network: unknown kind {self.kind!r}; this version knows {', '.join(KINDS)}")
+        widths = (self.hidden, self.decoder_hidden, *self.conv_channels)
+        if self.kind == "onnx" and widths != (0, 0):
+            raise CardError(f"network: of kind 'onnx' only the shapes stand on the card, no widths: {self}")
+        sizes = (self.height, self.width, self.dimensions, *(widths if self.kind == "conv" else ()))
         if any(not isinstance(size, int) or size < 1 for size in (*sizes, *self.prefixes)):
             raise CardError(f"network: every size must be a whole number of at least 1: {self}")
         if self.channels not in (1, 3):
             raise CardError(f"network: channels must be 1 (grey) or 3 (RGB), not {self.channels}")
-        if not self.conv_channels or not self.prefixes:
+        if (self.kind == "conv" and not self.conv_channels) or not self.prefixes:
             raise CardError("network: conv_channels and prefixes must not be empty")
         if list(self.prefixes) != sorted(set(self.prefixes)) or self.prefixes[-1] != self.dimensions:
             raise CardError(f"network: prefixes must ascend and end with dimensions={self.dimensions}: {self.prefixes}")
+
+    @classmethod
+    def of_onnx(cls, image_shape: tuple[int, int, int], prefixes: tuple[int, ...]) -> Self:
+        """That of an encoder of one's own; the last prefix is the whole code."""
+        height, width, channels = image_shape
+        return cls(
+            kind="onnx",
+            height=height,
+            width=width,
+            channels=channels,
+            conv_channels=(),
+            hidden=0,
+            decoder_hidden=0,
+            dimensions=prefixes[-1] if prefixes else 0,
+            prefixes=prefixes,
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -81,8 +106,8 @@ class Metric:
         object.__setattr__(self, "interval", tuple(self.interval))
         if self.precision not in codec.PRECISIONS:
             raise CardError(f"metric {self.name}: unknown precision {self.precision!r}")
-        if not all(math.isfinite(number) for number in (self.value, *self.interval)):
-            raise CardError(f"metric {self.name}: value and interval must be finite")
+        if len(self.interval) != 2 or not all(math.isfinite(number) for number in (self.value, *self.interval)):
+            raise CardError(f"metric {self.name}: value and the two ends of the interval must be finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

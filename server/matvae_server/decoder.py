@@ -22,6 +22,7 @@ from matvae_server.errors import (
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
+    NotFoundError,
     UnimplementedError,
 )
 from matvae_server.images import Limits, Pixels
@@ -50,7 +51,8 @@ class Decoder:
         """An image of each row, uint8 (n, height, width, channels), by the longest trained prefix that it holds.
 
         `codes` have passed `check`. Raises InvalidArgumentError naming the rows that are not finite or that nothing
-        finite comes of, and UnimplementedError or InternalError where the bundle's decoder cannot be used.
+        finite comes of, NotFoundError where the bundle has no decoder, and UnimplementedError or InternalError where it
+        has one that cannot be used.
         """
         card = self._bundle.card
         vectors = _vectors(codes, card)
@@ -83,6 +85,8 @@ class Decoder:
             return self._session
 
     def _load(self) -> onnxruntime.InferenceSession:
+        if self._bundle.decoder_onnx is None:
+            raise NotFoundError(f"model {self._bundle.card.name!r} has no decoder: it only encodes")
         if importlib.util.find_spec("onnxruntime") is None:
             raise UnimplementedError("this server cannot decode: it needs onnxruntime, pip install 'matvae[server]'")
         if self._broken:

@@ -2,7 +2,7 @@
 
     ServiceError
     ├── InvalidArgumentError      INVALID_ARGUMENT, BadRequest names the field
-    ├── NotFoundError             NOT_FOUND: no such model or head
+    ├── NotFoundError             NOT_FOUND: no such model, head or decoder
     ├── FailedPreconditionError   FAILED_PRECONDITION: another fingerprint than the one expected
     ├── UnauthenticatedError      UNAUTHENTICATED: no token, or an unknown one
     ├── ResourceExhaustedError    RESOURCE_EXHAUSTED, RetryInfo says when to come back
@@ -66,7 +66,7 @@ class InvalidArgumentError(ServiceError):
 
 
 class NotFoundError(ServiceError):
-    """No such model, or no head for that prefix; the message lists what there is."""
+    """No such model, no head for that prefix, or no decoder; the message lists what there is."""
 
     status = grpc.StatusCode.NOT_FOUND
 

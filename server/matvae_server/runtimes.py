@@ -79,8 +79,17 @@ class OnnxEncoder:
 def choose(name: str, bundle: Bundle, *, threads: int, max_batch: int = 64, compute_precision: str = "fp32") -> Encoder:
     """The encoder of that name; "auto" is torch where CUDA works, else onnxruntime, else torch on the CPU.
 
-    Raises RuntimeUnavailableError where it is not installed, or cannot compute in that precision.
+    An encoder of a user's own (kind "onnx") has an ONNX form alone. Raises RuntimeUnavailableError where the runtime is
+    not installed, cannot compute in that precision, or cannot run that model.
     """
+    own = bundle.card.network.kind == "onnx"
+    if name == "auto" and own:
+        name = "onnxruntime"
+    if name == "torch" and own:
+        raise RuntimeUnavailableError(
+            f"model {bundle.card.name!r} is an encoder of its user's own, which is served through its ONNX form: take "
+            "--runtime onnxruntime"
+        )
     if name == "auto":
         name = "torch" if _cuda() or not _installed("onnxruntime") else "onnxruntime"
     if not _installed(name):

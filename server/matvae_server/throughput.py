@@ -36,7 +36,12 @@ class Work:
 
     @classmethod
     def of(cls, network: NetworkConfig, *, bytes_per_number: int) -> Work:
-        """Of the encoder with batch norm folded away; activation functions count for nothing."""
+        """Of the encoder with batch norm folded away; activation functions count for nothing.
+
+        Raises ValueError: an encoder of a user's own does not say what it computes.
+        """
+        if network.kind != "conv":
+            raise ValueError(f"the work of a network of kind {network.kind!r} is not known")
         multiplications, weights = 0, 0
         height, width = network.height, network.width
         for inputs, outputs in itertools.pairwise((network.channels, *network.conv_channels)):

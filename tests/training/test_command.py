@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_the_card_says_how_to_make_it_again_and_names_no_path(fitted, data_root)
         digest.update(raw[16:] if "images" in part else np.frombuffer(raw[8:], np.uint8).astype("<i8").tobytes())
     assert known["data_sha256"] == digest.hexdigest()
     assert json.loads(known["batch_invariance"]).keys() == {"onnxruntime", "torch-cpu"}
-    roots = [str(fitted[0]), str(data_root), str(cli.Path(cli.__file__).parent), sys.prefix]
+    roots = [str(fitted[0]), str(data_root), str(Path(cli.__file__).parent), sys.prefix]
     for file in path.iterdir():
         assert not any(root.encode() in file.read_bytes() for root in roots), file
 
@@ -128,6 +129,8 @@ def fit(data_root, out, *more, dataset="fashion-mnist"):
         (("--prefix-weights", "1,x"), "--prefix-weights: must be numbers separated by commas, not '1,x'"),
         (("--conv-channels", "32,x"), "--conv-channels: must be whole numbers separated by commas, not '32,x'"),
         (("--dataset", "cifar"), "cifar"),
+        (("--objective", "gan"), "gan"),
+        (("--prefixes", "2,x"), "--prefixes: must be whole numbers separated by commas, not '2,x'"),
     ],
 )
 def test_arguments_that_are_no_numbers_are_refused_by_name(data_root, tmp_path, capsys, arguments, message):
@@ -145,6 +148,10 @@ def test_arguments_that_are_no_numbers_are_refused_by_name(data_root, tmp_path, 
         (("--prefix-weights", "1,2"), "needs 7 numbers"),
         (("--validation", "600"), "cannot hold out 600 of 600"),
         (("--conv-channels", "0"), "at least 1"),
+        (("--prefixes", "8,4"), "prefixes must ascend"),
+        (("--prefixes", "8,16", "--dimensions", "8"), "prefixes must ascend and end with dimensions=8"),
+        (("--divergence-weight", "nan"), "divergence_weight"),
+        (("--reconstruction", "none"), "needs a reconstruction or heads"),
         (("--lr", "1e30", "--batch-size", "64"), "step 2: the reconstruction of prefix"),
     ],
 )
@@ -154,6 +161,22 @@ def test_what_cannot_be_trained_ends_with_one_line(data_root, tmp_path, capsys, 
     assert last.startswith("matvae-train: error: ")
     assert message in last
     assert not (tmp_path / "out" / bundle.CARD).exists()
+
+
+def test_an_objective_and_its_options_stand_on_the_card(data_root, tmp_path):
+    options = ["--objective", "beta-vae", "--divergence-weight", "2", "--reconstruction", "bernoulli"]
+    options += ["--epochs", "1", "--batch-size", "64", "--prefixes", "8"]
+    assert fit(data_root, tmp_path / "out", *options) == 0
+    card_ = bundle.load(tmp_path / "out").card
+    assert card_.network.prefixes == (8,)
+    assert card_.network.dimensions == 8
+    chosen = json.loads(card_.provenance["config"])["objective"]
+    assert (chosen["divergence"], chosen["divergence_weight"]) == ("kl", 2.0)
+    assert chosen["reconstruction"] == "bernoulli"
+    assert (
+        card_.description
+        == "Single-size code (bernoulli + kl) of fashion-mnist: the encoder saw no labels, the heads did."
+    )
 
 
 def test_an_output_that_is_a_file_is_refused_before_training(data_root, tmp_path, capsys):

@@ -7,7 +7,9 @@ from matvae_server.card import NetworkConfig
 from matvae_server.network import MatVae
 from matvae_training.config import FitConfig, FitError
 from matvae_training.fit import fit
-from matvae_training.objective import Matryoshka, gaussian, normal_mmd
+from matvae_training.objectives.composition import Batch, Matryoshka, Objective
+from matvae_training.objectives.gaussian import gaussian
+from matvae_training.objectives.mmd import Mmd
 
 SMALL = NetworkConfig(
     height=8, width=8, conv_channels=(4, 4), hidden=16, decoder_hidden=16, dimensions=8, prefixes=(2, 4, 8)
@@ -41,17 +43,33 @@ def test_decode_of_one_prefix_equals_its_row_of_all():
         torch.testing.assert_close(decoder.decode(codes, torch.tensor(index)), expected)
 
 
+def batch(**changes):
+    """A batch with `changes`; what a term does not read can stay empty."""
+    nothing = torch.zeros(4, 8)
+    fields = {"images": torch.zeros(4, 2, 2, 1), "labels": None, "mean": nothing, "log_variance": nothing}
+    fields |= {"codes": nothing, "reconstructions": None, "prefixes": (2, 4, 8), "progress": 0.0}
+    return Batch(**(fields | changes))
+
+
+def nested(*, weights=(1.0, 1.0, 1.0), divergence_weight=0.3, bfloat16=False):
+    terms = {"reconstruction": (1.0, gaussian), "divergence": (divergence_weight, Mmd())}
+    return Matryoshka(objective=Objective(terms=terms, bfloat16=bfloat16), weights=weights)
+
+
 def test_gaussian_is_half_the_log_of_the_mean_squared_error():
     images = torch.zeros(4, 2, 2, 1)
     reconstructions = torch.stack([torch.full_like(images, 0.5), torch.full_like(images, 0.1)])
-    torch.testing.assert_close(gaussian(images, reconstructions), torch.tensor([math.log(0.5), math.log(0.1)]))
+    measured = gaussian(batch(images=images, reconstructions=reconstructions))
+    torch.testing.assert_close(measured, torch.tensor([math.log(0.5), math.log(0.1)]))
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(images):
     torch.manual_seed(0)
-    terms = Matryoshka(weights=(3.0, 2.0, 0.5), divergence_weight=0.25)(MatVae(SMALL), images)
-    assert terms.reconstruction.shape == terms.divergence.shape == (3,)
-    expected = (torch.tensor([3.0, 2.0, 0.5]) * (terms.reconstruction + 0.25 * terms.divergence)).sum()
+    terms = nested(weights=(3.0, 2.0, 0.5), divergence_weight=0.25)(MatVae(SMALL), images)
+    assert terms.parts["reconstruction"].shape == terms.parts["divergence"].shape == (3,)
+    expected = (
+        torch.tensor([3.0, 2.0, 0.5]) * (terms.parts["reconstruction"] + 0.25 * terms.parts["divergence"])
+    ).sum()
     torch.testing.assert_close(terms.loss, expected)
 
 
@@ -60,15 +78,15 @@ def test_bfloat16_is_close_and_leaves_losses_in_float32(images):
     terms = {}
     for bfloat16 in (False, True):
         torch.manual_seed(0)
-        objective = Matryoshka(weights=(1.0, 1.0, 1.0), divergence_weight=0.3, bfloat16=bfloat16)
-        terms[bfloat16] = objective(network, images)
+        terms[bfloat16] = nested(bfloat16=bfloat16)(network, images)
     assert terms[True].loss.dtype == torch.float32
-    torch.testing.assert_close(terms[True].reconstruction, terms[False].reconstruction, rtol=0.01, atol=0.01)
+    pair = (terms[flag].parts["reconstruction"] for flag in (True, False))
+    torch.testing.assert_close(*pair, rtol=0.01, atol=0.01)
 
 
 def test_prior_sample_is_fresh_at_every_call():
-    codes = torch.randn(16, 8)
-    assert not torch.equal(normal_mmd(codes, (8,)), normal_mmd(codes, (8,)))
+    same = batch(codes=torch.randn(16, 8))
+    assert not torch.equal(Mmd()(same), Mmd()(same))
 
 
 def config(**changes):

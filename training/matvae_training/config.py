@@ -19,8 +19,12 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "Ankle boot",
     ),
     "mnist": tuple(str(digit) for digit in range(10)),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 }
 """The data sets that `--dataset` knows, and the names of their classes by label."""
+
+FOLDER = "folder"
+"""What `--dataset` calls images of one's own."""
 
 
 class DataError(ValueError):
@@ -31,6 +35,89 @@ class FitError(ValueError):
     """Training cannot start, or cannot go on; the message says why."""
 
 
+RECONSTRUCTIONS = ("gaussian", "squared-error", "bernoulli", "none")
+DIVERGENCES = ("mmd", "kl", "capacity", "none")
+KERNELS = ("imq", "rbf", "rbf-tutorial-text", "rbf-tutorial-code", "rbf-dimensions")
+MUTUALS = ("official", "reproduced", "none")
+HEADS = ("untied", "tied", "none")
+
+
+def _check_number(name: str, value: float, *, positive: bool = False) -> None:
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise FitError(f"{name} must be a finite number {'above' if positive else 'of at least'} 0, not {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What to minimise, as `objectives.build` reads it; each part is explained in the file of its name there.
+
+    reconstruction + divergence_weight * divergence + kl_weight * KL + mutual + heads_weight * heads, all per pixel but
+    the heads. `variance` is that of squared-error, `kernel` and `biased` are the MMD's, `capacity` (nats) is the
+    capacity divergence's, `diversity` and `smoothness` are the mutual divergence's. `sampled` says whether codes are
+    drawn from the posterior while training, or are its means.
+    """
+
+    reconstruction: str = "gaussian"
+    variance: float = 0.5
+    divergence: str = "mmd"
+    divergence_weight: float = 0.3
+    kernel: str = "imq"
+    biased: bool = False
+    capacity: float = 25.0
+    kl_weight: float = 0.0
+    mutual: str = "none"
+    diversity: float = 1.0
+    smoothness: float = 0.1
+    heads: str = "none"
+    heads_weight: float = 1.0
+    sampled: bool = True
+
+    def __post_init__(self) -> None:
+        choices = {
+            "reconstruction": RECONSTRUCTIONS,
+            "divergence": DIVERGENCES,
+            "kernel": KERNELS,
+            "mutual": MUTUALS,
+            "heads": HEADS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise FitError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("divergence_weight", "kl_weight", "capacity", "smoothness", "heads_weight"):
+            _check_number(name, getattr(self, name))
+        for name in ("variance", "diversity"):
+            _check_number(name, getattr(self, name), positive=True)
+        if self.reconstruction == self.heads == "none":
+            raise FitError("an objective needs a reconstruction or heads: nothing else makes codes tell images apart")
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the encoder learns from labels: such models are not compared with those that do not."""
+        return self.heads != "none"
+
+
+OBJECTIVES: dict[str, ObjectiveConfig] = {
+    "mmd-vae": ObjectiveConfig(),
+    "info-vae": ObjectiveConfig(kl_weight=0.5, divergence_weight=0.5),
+    "vae": ObjectiveConfig(divergence="kl", divergence_weight=1.0),
+    "beta-vae": ObjectiveConfig(divergence="kl", divergence_weight=4.0),
+    "capacity-vae": ObjectiveConfig(divergence="capacity", divergence_weight=30.0),
+    "wae": ObjectiveConfig(sampled=False),
+    "autoencoder": ObjectiveConfig(divergence="none", sampled=False),
+    "mae": ObjectiveConfig(divergence="kl", divergence_weight=1.0, mutual="official"),
+    "mae-reproduced": ObjectiveConfig(divergence="kl", divergence_weight=1.0, mutual="reproduced", diversity=0.01),
+    "mrl": ObjectiveConfig(reconstruction="none", divergence="none", heads="untied", sampled=False),
+    "mrl-tied": ObjectiveConfig(reconstruction="none", divergence="none", heads="tied", sampled=False),
+    "multitask": ObjectiveConfig(heads="untied"),
+}
+"""The objectives that `--objective` knows. Options beside it change one of their values each."""
+
+
+def default_prefix_weights(prefixes: tuple[int, ...]) -> tuple[float, ...]:
+    """3 up to 4 dimensions, 2 up to 8, then 1: short prefixes gain from it, long ones lose next to nothing."""
+    return tuple(3.0 if m <= 4 else 2.0 if m <= 8 else 1.0 for m in prefixes)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """How to train. One weight per prefix of the network; `batch_size` is also the sample of the MMD: 256 or more."""
@@ -39,7 +126,7 @@ class FitConfig:
     batch_size: int = 256
     learning_rate: float = 4e-3
     weight_decay: float = 0.01
-    divergence_weight: float = 0.3
+    objective: ObjectiveConfig = ObjectiveConfig()
     prefix_weights: tuple[float, ...] = (3.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0)
     bfloat16: bool = False
     seed: int = 0
@@ -49,9 +136,7 @@ class FitConfig:
             raise FitError(f"epochs must be at least 1, not {self.epochs}")
         if self.batch_size < 2:
             raise FitError(f"the batch must hold at least 2 images (the MMD compares pairs), not {self.batch_size}")
-        for name in ("learning_rate", "weight_decay", "divergence_weight"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise FitError(f"{name} must be a finite number of at least 0, not {value}")
+        for name in ("learning_rate", "weight_decay"):
+            _check_number(name, getattr(self, name))
         if not all(math.isfinite(weight) and weight >= 0 for weight in self.prefix_weights):
             raise FitError(f"prefix_weights must be finite numbers of at least 0: {self.prefix_weights}")

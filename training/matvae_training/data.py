@@ -1,6 +1,7 @@
 """Data sets as tensors: every image in one uint8 tensor (n, height, width, channels), so a batch is an index.
 
-Reads the layout that torchvision writes, and lets torchvision download what is missing. Nothing is scaled here: the
+Reads the layout that torchvision writes, and lets torchvision download what is missing; `folder` reads images of one's
+own. Nothing is scaled here: the
 network's first step does that, in training as in serving.
 """
 
@@ -8,16 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision import datasets
 
-from matvae_training.config import CLASSES, DataError
+from matvae_training.config import CLASSES, FOLDER, DataError
+from matvae_training.folder import read_folder, summary
 
-READERS = {"fashion-mnist": datasets.FashionMNIST, "mnist": datasets.MNIST}
+READERS: dict[str, type[datasets.MNIST | datasets.CIFAR10]] = {
+    "fashion-mnist": datasets.FashionMNIST,
+    "mnist": datasets.MNIST,
+    "cifar10": datasets.CIFAR10,
+}
+DEFAULT_SHAPE = (32, 32, 3)
+"""(height, width, channels) of the images of a folder where nothing is said."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,25 +41,63 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A data set with its standard split. `digest` is the SHA-256 of its images and labels, train before test."""
+    """A data set with its standard split. `digest` is the SHA-256 of its images and labels, train before test.
+
+    `unreadable` maps the files that are in neither split to what is wrong with them.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: Split
     test: Split
     digest: str
+    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def load(name: str, root: Path) -> Dataset:
-    """Read the data set `name` (a key of CLASSES) below `root`, downloading it if it is not there. Raises DataError."""
+def load(name: str, root: Path, shape: tuple[int, int, int] | None = None) -> Dataset:
+    """Read the data set `name`: a key of CLASSES below `root`, or FOLDER, whose images are brought to `shape`.
+
+    What torchvision knows is downloaded if it is not there. CIFAR-10 is also read from `cifar10.zip`, a zip of images,
+    which `root` holds or is. Raises DataError.
+    """
+    if name == FOLDER:
+        return _folder(root, shape or DEFAULT_SHAPE)
+    if shape is not None:
+        raise DataError(f"{name} has images of one shape: only those of a {FOLDER} are brought to another")
+    archive = root if root.suffix == ".zip" else root / f"{name}.zip"
+    if name == "cifar10" and archive.is_file():
+        return _cifar10(archive)
     classes = CLASSES[name]
     train, test = (_read(READERS[name], root, len(classes), train=train) for train in (True, False))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(f"{name} in {root}: train and test images differ in shape")
+    return _dataset(name, classes, train, test)
+
+
+def _dataset(
+    name: str, classes: tuple[str, ...], train: Split, test: Split, unreadable: Mapping[str, str] | None = None
+) -> Dataset:
     digest = hashlib.sha256()
     for tensor in (train.images, train.labels, test.images, test.labels):
         digest.update(tensor.numpy().tobytes())
-    return Dataset(name=name, classes=classes, train=train, test=test, digest=digest.hexdigest())
+    return Dataset(
+        name=name, classes=classes, train=train, test=test, digest=digest.hexdigest(), unreadable=unreadable or {}
+    )
+
+
+def _folder(root: Path, shape: tuple[int, int, int]) -> Dataset:
+    found = read_folder(root, shape)
+    train, test = (Split(images=images, labels=labels) for images, labels in found.splits.values())
+    return _dataset(FOLDER, found.classes, train, test, found.unreadable)
+
+
+def _cifar10(archive: Path) -> Dataset:
+    found = read_folder(archive, (32, 32, 3))
+    if found.classes != CLASSES["cifar10"] or found.unreadable:
+        why = summary(found.unreadable) or f"its classes are {', '.join(found.classes)}"
+        raise DataError(f"{archive} is not CIFAR-10, or corrupt ({why}): fetch it again")
+    train, test = (Split(images=images, labels=labels) for images, labels in found.splits.values())
+    return _dataset("cifar10", found.classes, train, test)
 
 
 def without(data: Dataset, names: Sequence[str]) -> Dataset:
@@ -88,7 +134,7 @@ def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
     )
 
 
-def _read(source: type[datasets.MNIST], root: Path, classes: int, *, train: bool) -> Split:
+def _read(source: type[datasets.MNIST | datasets.CIFAR10], root: Path, classes: int, *, train: bool) -> Split:
     part = f"{source.__name__} {'train' if train else 'test'} set in {root}"
     try:
         try:
@@ -100,7 +146,9 @@ def _read(source: type[datasets.MNIST], root: Path, classes: int, *, train: bool
         raise DataError(f"no {part}, and it cannot be downloaded: {' '.join(str(error).split())}") from None
     except (ValueError, AssertionError, EOFError, KeyError, IndexError, TypeError) as error:
         raise DataError(f"the {part} is corrupt ({error}): delete its files and fetch them again") from None
-    images, labels = data.data.unsqueeze(-1), data.targets
+    # MNIST's are tensors without channels, CIFAR-10's an array and a list.
+    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+    images = images.unsqueeze(-1) if images.ndim == 3 else images
     if images.ndim != 4 or not len(images) or len(images) != len(labels):
         raise DataError(f"the {part} is corrupt: {len(images)} images, {len(labels)} labels")
     if labels.min() < 0 or labels.max() >= classes:

@@ -22,7 +22,7 @@ from torch import Tensor
 from matvae.v1 import codec
 from matvae_server.bundle import Head
 from matvae_server.card import Metric
-from matvae_training.mmd import prefix_distances
+from matvae_training.distances import prefix_distances
 from matvae_training.probes import classify
 
 NEIGHBOURS = 10

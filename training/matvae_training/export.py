@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from matvae_server.network import Encoder, MatryoshkaDecoder, MatVae
+from matvae_server.card import NetworkConfig
 
 OPSET = 18
 TOLERANCE = 1e-4
@@ -32,25 +33,56 @@ class ExportError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
-    """Two ONNX files, weights embedded; `bundle` documents their inputs and outputs."""
+    """Two ONNX files, weights embedded; `bundle` documents their inputs and outputs. Some models have no decoder."""
 
     encoder: bytes
-    decoder: bytes
+    decoder: bytes | None
+
+
+class Servable(Protocol):
+    """A torch module that a bundle can be made of.
+
+    `encoder` takes uint8 images to codes; `decoder`, if there is one, codes to images from every prefix and, as
+    `decode`, from one.
+    """
+
+    @property
+    def config(self) -> NetworkConfig:
+        """Its image shape and prefixes."""
+        ...
+
+    @property
+    def encoder(self) -> nn.Module:
+        """See the class."""
+        ...
+
+    @property
+    def decoder(self) -> Any:
+        """See the class."""
+        ...
+
+    def eval(self) -> Any:
+        """As of any torch module; so `state_dict`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        ...
 
 
 class _Decode(nn.Module):
     """`MatryoshkaDecoder.decode` as the forward that the exporter traces."""
 
-    def __init__(self, decoder: MatryoshkaDecoder) -> None:
+    def __init__(self, decoder: Any) -> None:
         super().__init__()
         self.decoder = decoder
 
     def forward(self, codes: Tensor, prefix_index: Tensor) -> Tensor:
-        return self.decoder.decode(codes, prefix_index)
+        images: Tensor = self.decoder.decode(codes, prefix_index)
+        return images
 
 
 @torch.inference_mode()
-def export(model: MatVae, images: Tensor) -> Exported:
+def export(model: Servable, images: Tensor) -> Exported:
     """Export encoder and decoder, and compare each with torch on batches of 1, 7 and 64 of `images`.
 
     `images` are uint8 (n, height, width, channels), at least 64. Raises ExportError where they differ by more than
@@ -58,22 +90,22 @@ def export(model: MatVae, images: Tensor) -> Exported:
     """
     model.eval()
     codes = model.encoder(images[:2])
-    exported = Exported(
-        encoder=_export(model.encoder, (images[:2],), {"images": {0: "n"}}, "codes"),
-        decoder=_export(
-            _Decode(model.decoder).eval(), (codes, torch.tensor(0)), {"codes": {0: "n"}, "prefix_index": {}}, "images"
-        ),
-    )
-    encoder, decoder = session(exported.encoder), session(exported.decoder)
+    encoder_onnx, decoder_onnx = _export(model.encoder, (images[:2],), {"images": {0: "n"}}, "codes"), None
+    if model.decoder is not None:
+        shapes: dict[str, dict[int, str]] = {"codes": {0: "n"}, "prefix_index": {}}
+        decoder_onnx = _export(_Decode(model.decoder).eval(), (codes, torch.tensor(0)), shapes, "images")
+    encoder, decoder = session(encoder_onnx), session(decoder_onnx) if decoder_onnx else None
     for size in (1, 7, 64):
         batch = images[:size]
         codes = model.encoder(batch)
         _compare("encoder.onnx", size, encoder.run(None, {"images": batch.numpy()})[0], codes)
+        if decoder is None:
+            continue
         expected = model.decoder(codes)
         for index in range(len(expected)):
             inputs = {"codes": codes.numpy(), "prefix_index": np.array(index)}
             _compare(f"decoder.onnx, prefix {index}", size, decoder.run(None, inputs)[0], expected[index])
-    return exported
+    return Exported(encoder=encoder_onnx, decoder=decoder_onnx)
 
 
 def session(onnx: bytes) -> Any:
@@ -84,10 +116,12 @@ def session(onnx: bytes) -> Any:
 
 
 @torch.inference_mode()
-def batch_invariance(encoder: Encoder, onnx: bytes, images: Tensor) -> dict[str, float]:
-    """Largest |difference| of any coordinate between an image encoded alone and in batches of 2 to 256, by runtime.
+def batch_invariance(
+    encoder: nn.Module, onnx: bytes, images: Tensor, batches: Sequence[int] = INVARIANCE_BATCHES
+) -> dict[str, float]:
+    """Largest |difference| of any coordinate between an image encoded alone and in `batches` of sizes, by runtime.
 
-    `images` are uint8 (256 or more, height, width, channels).
+    `images` are uint8 (n, height, width, channels), at least as many as the largest batch.
     """
     runner = session(onnx)
 
@@ -101,8 +135,8 @@ def batch_invariance(encoder: Encoder, onnx: bytes, images: Tensor) -> dict[str,
 
     largest = {}
     for name, run in (("onnxruntime", run_onnx), ("torch-cpu", run_torch)):
-        alone = np.concatenate([run(images[i : i + 1]) for i in range(INVARIANCE_BATCHES.stop - 1)])
-        largest[name] = max(float(np.abs(run(images[:size]) - alone[:size]).max()) for size in INVARIANCE_BATCHES)
+        alone = np.concatenate([run(images[i : i + 1]) for i in range(max(batches))])
+        largest[name] = max(float(np.abs(run(images[:size]) - alone[:size]).max()) for size in batches)
     return largest
 
 

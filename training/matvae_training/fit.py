@@ -16,8 +16,10 @@ from torch import Tensor
 
 from matvae_server.card import NetworkConfig
 from matvae_server.network import MatVae
+from matvae_training.checkpoint import Checkpoint
 from matvae_training.config import FitConfig, FitError
-from matvae_training.objective import Matryoshka, Terms
+from matvae_training.objectives import build
+from matvae_training.objectives.composition import Matryoshka, Network, Terms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,38 +41,75 @@ class Progress:
             "step": self.step,
             "images_per_second": round(self.images_per_second, 1),
             "loss": round(self.terms.loss.item(), 5),
-            "reconstruction": [round(value, 5) for value in self.terms.reconstruction.tolist()],
-            "divergence": [round(value, 5) for value in self.terms.divergence.tolist()],
+            **{name: [round(value, 5) for value in part.tolist()] for name, part in self.terms.parts.items()},
         }
 
 
-def fit(images: Tensor, network: NetworkConfig, config: FitConfig, report: Callable[[Progress], None]) -> MatVae:
-    """Train on uint8 images (n, height, width, channels); returns the network in eval mode.
+def fit(
+    images: Tensor,
+    network: NetworkConfig,
+    config: FitConfig,
+    report: Callable[[Progress], None],
+    *,
+    labels: Tensor | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> MatVae:
+    """Train on uint8 images (n, height, width, channels), int64 labels (n,); returns the network in eval mode.
 
-    `report` is called after every step. The same seed on the same machine gives the same
-    network. Raises FitError: fewer images than a batch, a weight missing, or a term that is no longer a number.
+    Labels are read only by an objective with heads. `report` is called after every step. The same seed on the same
+    machine gives the same network. Raises what `train` does.
     """
+    torch.manual_seed(config.seed)
+    model = MatVae(network).to(memory_format=torch.channels_last)
+    train(model, images, config, report, labels=labels, checkpoint=checkpoint)
+    return model
+
+
+def train(
+    model: Network,
+    images: Tensor,
+    config: FitConfig,
+    report: Callable[[Progress], None] = lambda _: None,
+    *,
+    labels: Tensor | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> None:
+    """Train a model that exists, as `fit` does; seeding and making it is the caller's. It ends in eval mode.
+
+    With a `checkpoint`, training goes on from what it holds, step by step as if it had never stopped, and saves to it
+    after every epoch. Raises FitError: fewer images than a batch, a weight or the labels missing, a term that is no
+    longer a number, or what a checkpoint raises.
+    """
+    network, size = model.config, config.batch_size
     if len(config.prefix_weights) != len(network.prefixes):
         raise FitError(f"prefix_weights needs {len(network.prefixes)} numbers, one for each of {network.prefixes}")
-    if len(images) < config.batch_size:
-        raise FitError(f"{len(images)} training images do not fill one batch of {config.batch_size}")
-    torch.manual_seed(config.seed)
-    model = MatVae(network).to(memory_format=torch.channels_last).train()
+    if len(images) < size:
+        raise FitError(f"{len(images)} training images do not fill one batch of {size}")
+    if config.objective.uses_labels and labels is None:
+        raise FitError("an objective with heads needs the labels of the images")
+    if config.objective.reconstruction != "none" and model.decoder is None:
+        raise FitError("a model without a decoder cannot reconstruct: take an objective with heads alone")
+    classes = int(labels.max()) + 1 if labels is not None else 0
+    model.train()
     objective = Matryoshka(
-        weights=config.prefix_weights, divergence_weight=config.divergence_weight, bfloat16=config.bfloat16
+        objective=build(config.objective, network, classes, bfloat16=config.bfloat16), weights=config.prefix_weights
     )
     # A last, smaller batch would make the MMD noisier: left out. The next epoch draws another order.
-    per_epoch = len(images) // config.batch_size
+    per_epoch = len(images) // size
     steps = per_epoch * config.epochs
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    parameters = [*model.parameters(), *objective.learned().parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=steps)
+    stateful = (model, objective.learned(), optimiser, schedule)
+    done = checkpoint.load(*stateful) if checkpoint else 0
     started = time.perf_counter()
-    for step in range(1, steps + 1):
+    for step in range(done + 1, steps + 1):
         position = (step - 1) % per_epoch
         if position == 0:
             order = torch.randperm(len(images))
-        terms = objective(model, images[order[position * config.batch_size :][: config.batch_size]])
-        _check_finite(terms, network.prefixes, step)
+        rows = order[position * size :][:size]
+        terms = objective(model, images[rows], None if labels is None else labels[rows], (step - 1) / steps)
+        _check_finite(terms, network.prefixes, step, checkpoint)
         optimiser.zero_grad()
         terms.loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -82,19 +121,22 @@ def fit(images: Tensor, network: NetworkConfig, config: FitConfig, report: Calla
                 step=step,
                 steps=steps,
                 steps_per_epoch=per_epoch,
-                images_per_second=step * config.batch_size / elapsed,
-                seconds_left=elapsed / step * (steps - step),
+                images_per_second=(step - done) * size / elapsed,
+                seconds_left=elapsed / (step - done) * (steps - step),
                 terms=terms,
             )
         )
-    return model.eval()
+        if checkpoint and step % per_epoch == 0:
+            checkpoint.save(step, *stateful)
+    model.eval()
 
 
-def _check_finite(terms: Terms, prefixes: tuple[int, ...], step: int) -> None:
+def _check_finite(terms: Terms, prefixes: tuple[int, ...], step: int, checkpoint: Checkpoint | None) -> None:
     if torch.isfinite(terms.loss):
         return
-    for name in ("reconstruction", "divergence"):
-        for prefix, value in zip(prefixes, getattr(terms, name).tolist(), strict=True):
+    advice = f"try a lower learning rate{checkpoint or ''}"
+    for name, part in terms.parts.items():
+        for prefix, value in zip(prefixes, part.tolist(), strict=True):
             if not math.isfinite(value):
-                raise FitError(f"step {step}: the {name} of prefix {prefix} is {value}; try a lower learning rate")
-    raise FitError(f"step {step}: the loss is {terms.loss.item()}; try a lower learning rate")
+                raise FitError(f"step {step}: the {name} of prefix {prefix} is {value}; {advice}")
+    raise FitError(f"step {step}: the loss is {terms.loss.item()}; {advice}")

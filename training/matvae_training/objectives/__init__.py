@@ -1,0 +1,52 @@
+"""What training minimises. `composition` first; then every file is one idea, with its paper.
+
+    gaussian  squared_error  bernoulli      reconstructions
+    kl  mmd (kernels)                       divergences from the prior
+    mutual  heads                           further terms
+    composition                             their sum, and Matryoshka around it
+
+To add one: a file with a `Term`, a field of `config.ObjectiveConfig`, a line in `build`.
+"""
+
+from __future__ import annotations
+
+from matvae_server.card import NetworkConfig
+from matvae_training.config import ObjectiveConfig
+from matvae_training.objectives.bernoulli import bernoulli
+from matvae_training.objectives.composition import Objective, Term
+from matvae_training.objectives.gaussian import gaussian
+from matvae_training.objectives.heads import Heads
+from matvae_training.objectives.kernels import KERNELS
+from matvae_training.objectives.kl import Capacity, kl
+from matvae_training.objectives.mmd import Mmd
+from matvae_training.objectives.mutual import Mutual
+from matvae_training.objectives.squared_error import SquaredError
+
+
+def build(config: ObjectiveConfig, network: NetworkConfig, classes: int, *, bfloat16: bool = False) -> Objective:
+    """The objective that `config` describes, without Matryoshka. `classes` counts labels, where heads need them."""
+    terms: dict[str, tuple[float, Term]] = {}
+    reconstructions: dict[str, Term] = {
+        "gaussian": gaussian,
+        "squared-error": SquaredError(variance=config.variance),
+        "bernoulli": bernoulli,
+    }
+    divergences: dict[str, Term] = {
+        "mmd": Mmd(kernel=KERNELS[config.kernel], biased=config.biased),
+        "kl": kl,
+        "capacity": Capacity(nats=config.capacity),
+    }
+    if config.reconstruction != "none":
+        terms["reconstruction"] = (1.0, reconstructions[config.reconstruction])
+    if config.divergence != "none":
+        terms["divergence"] = (config.divergence_weight, divergences[config.divergence])
+    if config.kl_weight:
+        terms["kl"] = (config.kl_weight, kl)
+    if config.mutual != "none":
+        mutual = Mutual(
+            diversity=config.diversity, smoothness=config.smoothness, reproduced=config.mutual == "reproduced"
+        )
+        terms["mutual"] = (1.0, mutual)
+    if config.heads != "none":
+        terms["heads"] = (config.heads_weight, Heads(network.prefixes, classes, tied=config.heads == "tied"))
+    return Objective(terms=terms, sampled=config.sampled, decodes=config.reconstruction != "none", bfloat16=bfloat16)

@@ -1,0 +1,174 @@
+"""The composition: an objective is a weighted sum of terms, and Matryoshka nests it over the prefixes of one code.
+
+    L = sum over prefixes m of  w_m (sum over terms t of  lambda_t T_t(z[:m]))
+
+Matryoshka representation learning (Kusupati et al. 2022, arXiv 2205.13147) sums one loss over nested prefixes; here
+that loss is any `Objective`: a reconstruction, a divergence, or what else a file beside this one defines. A term is
+computed for all prefixes at once, because what it computes for one it needs again for the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from matvae_server.card import NetworkConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a term sees of a batch of n images.
+
+    images           float (n, height, width, channels) in [0, 1]
+    labels           int64 (n,), where the objective uses them
+    mean             posterior means (n, dimensions)
+    log_variance     posterior log variances (n, dimensions)
+    codes            a sample of the posterior, or its mean (n, dimensions)
+    reconstructions  from every prefix (prefixes, n, height, width, channels), where a term reads them
+    progress         how much of the training is done, from 0 to 1
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    mean: Tensor
+    log_variance: Tensor
+    codes: Tensor
+    reconstructions: Tensor | None
+    prefixes: tuple[int, ...]
+    progress: float
+
+    @property
+    def pixels(self) -> int:
+        """Numbers of one image. Terms are per pixel, so that one weight fits images of all sizes."""
+        return self.images[0].numel()
+
+
+Term = Callable[[Batch], Tensor]
+"""What one idea costs, unweighted, by prefix: (prefixes,)."""
+
+
+class _Encoder(Protocol):
+    def posterior(self, images: Tensor, /) -> tuple[Tensor, Tensor]: ...
+
+
+class Network(Protocol):
+    """What can be trained, a torch module: `MatVae`, or a model of one's own."""
+
+    @property
+    def config(self) -> NetworkConfig:
+        """Its image shape and prefixes."""
+        ...
+
+    @property
+    def encoder(self) -> _Encoder:
+        """Its `posterior` takes uint8 images to mean and log variance."""
+        ...
+
+    @property
+    def decoder(self) -> Callable[[Tensor], Tensor] | None:
+        """Codes to images from every prefix; or nothing, and then no term can reconstruct."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of any torch module; so the others below."""
+        ...
+
+    def train(self) -> Any:  # noqa: D102
+        ...
+
+    def eval(self) -> Any:  # noqa: D102
+        ...
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:  # noqa: D102
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What one batch costs: the loss to descend, and its terms by name, unweighted, each (prefixes,)."""
+
+    loss: Tensor
+    parts: Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Weight and term by name, in the order in which they are computed.
+
+    `sampled`: terms see codes drawn from the posterior, else its means. `decodes`: some term reads reconstructions.
+    """
+
+    terms: Mapping[str, tuple[float, Term]]
+    sampled: bool = True
+    decodes: bool = True
+    bfloat16: bool = False
+
+    def learned(self) -> nn.ModuleDict:
+        """The terms that have weights of their own to train."""
+        return nn.ModuleDict({name: term for name, (_, term) in self.terms.items() if isinstance(term, nn.Module)})
+
+    def parts(
+        self, network: Network, images: Tensor, labels: Tensor | None = None, progress: float = 0.0
+    ) -> dict[str, Tensor]:
+        """The terms of one uint8 batch (n, height, width, channels), unweighted, each (prefixes,)."""
+        # In bfloat16 only the matrix products are: parameters, posterior and losses stay float32.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
+            mean, log_variance = network.encoder.posterior(images)
+        mean, log_variance = mean.float(), log_variance.float()
+        codes = mean + torch.randn_like(mean) * (0.5 * log_variance).exp() if self.sampled else mean
+        targets = images.to(codes.dtype) / 255.0
+        reconstructions = None
+        if self.decodes:
+            assert network.decoder is not None, "an objective that reconstructs needs a decoder"
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
+                reconstructions = network.decoder(codes)
+            reconstructions = reconstructions.float()
+        batch = Batch(
+            images=targets,
+            labels=labels,
+            mean=mean,
+            log_variance=log_variance,
+            codes=codes,
+            reconstructions=reconstructions,
+            prefixes=network.config.prefixes,
+            progress=progress,
+        )
+        return {name: term(batch) for name, (_, term) in self.terms.items()}
+
+    def weighted(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Their weighted sum (prefixes,)."""
+        first, *rest = (
+            parts[name] if weight == 1.0 else weight * parts[name] for name, (weight, _) in self.terms.items()
+        )
+        return sum(rest, start=first)
+
+    def __call__(self, network: Network, images: Tensor, labels: Tensor | None = None, progress: float = 0.0) -> Terms:
+        """What a batch costs without Matryoshka: the network has one prefix, the whole code."""
+        parts = self.parts(network, images, labels, progress)
+        (loss,) = self.weighted(parts)
+        return Terms(loss=loss, parts=parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matryoshka:
+    """Any objective, nested: `weights` has one entry for each prefix of the network."""
+
+    objective: Objective
+    weights: tuple[float, ...]
+
+    def learned(self) -> nn.ModuleDict:
+        """See `Objective.learned`."""
+        return self.objective.learned()
+
+    def __call__(self, network: Network, images: Tensor, labels: Tensor | None = None, progress: float = 0.0) -> Terms:
+        """What a uint8 batch (n, height, width, channels) costs over all prefixes."""
+        parts = self.objective.parts(network, images, labels, progress)
+        weighted = self.objective.weighted(parts)
+        return Terms(loss=(weighted.new_tensor(self.weights) * weighted).sum(), parts=parts)

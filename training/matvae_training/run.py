@@ -1,0 +1,70 @@
+"""A run directory: what one needs to repeat a run, or to go on with it after it was killed.
+
+run.json       command, configuration, seed, commit, versions, hardware, SHA-256 of the data
+metrics.jsonl  one line of JSON per epoch
+checkpoint.pt  the state after the last whole epoch
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matvae_training.checkpoint import Checkpoint
+from matvae_training.config import FitError
+
+FORMAT = 1
+SAME = ("config", "network", "data_sha256", "split", "excluded_classes")
+"""What must not differ between a run and its continuation."""
+
+
+class Run:
+    """The directory `path`, made if need be. Raises FitError where it holds another run, or one and not `resume`."""
+
+    def __init__(self, path: Path, description: Mapping[str, str], *, resume: bool) -> None:
+        self.path = path
+        self.checkpoint = Checkpoint(path / "checkpoint.pt")
+        self._trimmed = False
+        path.mkdir(parents=True, exist_ok=True)
+        file = path / "run.json"
+        if file.exists():
+            if not resume:
+                raise FitError(f"{path} holds a run already: go on with it by --resume, or take another directory")
+            _check_same(file, description)
+        else:
+            file.write_text(json.dumps({"format": FORMAT, **description}, indent=1) + "\n", encoding="utf-8")
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Add a line of metrics; the first one drops those of steps that the checkpoint had not seen."""
+        if not self._trimmed:
+            self._forget_after(self.checkpoint.step)
+            self._trimmed = True
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _forget_after(self, step: int) -> None:
+        if not self._metrics.exists():
+            return
+        lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        # A line that was cut short has no end, and is none.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self._metrics.write_text("".join(kept), encoding="utf-8")
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+
+def _check_same(file: Path, description: Mapping[str, str]) -> None:
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        known = int(before["format"])
+    except (ValueError, KeyError, TypeError):
+        raise FitError(f"{file} is not what a run writes: take another directory") from None
+    if known > FORMAT:
+        raise FitError(f"{file} is of format {known}, this version reads {FORMAT}: use a newer matvae")
+    for name in SAME:
+        if before.get(name) != description.get(name):
+            raise FitError(f"{file} is of another run: its {name} is {before.get(name)}, not {description.get(name)}")
