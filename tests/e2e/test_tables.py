@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,3 +131,39 @@ def test_the_few_shot_table(repository: Path, results: dict[str, Any]) -> None:
             cell(unseen[key], "seen"),
             cell(control[key], "seen"),
         ]
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("throughput", "throughput"),
+        ("overload", "overload-64"),
+        ("overload", "overload-1"),
+        ("features", "features"),
+        ("soak", "soak"),
+    ],
+)
+def test_what_load_says_is_what_the_commands_print(repository: Path, command: str, name: str) -> None:
+    raw = repository / "bench" / "results" / f"{name}.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "matvae_bench", command, "--from", str(raw), "--markdown"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (repository / "docs" / "load.md").read_text()
+
+
+def test_the_readmes_load_figures_are_those_of_load(repository: Path) -> None:
+    """Each "a ± b" and ratio of its table stands in docs/load.md, with the digits there or rounded."""
+    table = (repository / "README.md").read_text().partition("| two cores, shared")[2].partition("\n\n")[0]
+    measured = (repository / "docs" / "load.md").read_text()
+    figures = re.findall(r"[\d.,]+ ± [\d.,]+", table)
+    assert len(figures) >= 6
+    known = [tuple(pair.replace(",", "").split(" ± ")) for pair in re.findall(r"[\d.,]+ ± [\d.,]+", measured)]
+    for figure in figures:
+        mean, spread = figure.replace(",", "").split(" ± ")
+        digits = len(mean.partition(".")[2])
+        assert any((f"{float(a):.{digits}f}", f"{float(b):.{digits}f}") == (mean, spread) for a, b in known), figure
