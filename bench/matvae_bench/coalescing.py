@@ -17,17 +17,14 @@ from matvae_client import EmbeddingClient, MatvaeError
 def measure(target: str, *, callers: int, seconds: float, coalesced: bool) -> dict[str, Any]:
     """Images/s that so many threads get, one image a call, 32-d int8, through `client.coalesce` or without it.
 
-    Raises BenchmarkError where this client has no `coalesce`, or no call is answered.
+    Raises BenchmarkError where no call is answered.
     """
     images = LabelledImages.sample().query_images
     asked: dict[str, Any] = {"dimensions": 32, "precision": "int8"}
     with EmbeddingClient(target) as client:
         if not coalesced:
             return _load(lambda image: client.embed(image, **asked), images, callers, seconds)
-        coalesce = getattr(client, "coalesce", None)
-        if coalesce is None:
-            raise BenchmarkError("this client has no coalesce")
-        with coalesce(**asked) as merged:
+        with client.coalesce(**asked) as merged:
             return _load(lambda image: merged.embed(image[0]), images, callers, seconds)
 
 

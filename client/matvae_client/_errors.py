@@ -174,7 +174,8 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float) -> MatvaeE
         )
     if status is grpc.StatusCode.CANCELLED:
         return UnavailableError(
-            f"the call was cut off, by {target} as it was stopping, or because this client was closed: call again "
+            f"the call was cut off, by {target} as it was stopping or had too many calls, or because this client was "
+            "closed: call again, not at once "
             f"({text})"
         )
     if status is grpc.StatusCode.UNAUTHENTICATED:

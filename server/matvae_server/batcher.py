@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 _BREATH_SECONDS = 0.0005
 _MANY = 5  # requests in a batch: as many callers at least are there at a time
-_ENOUGH = 16  # images, from which a batch gains little by growing
+_ENOUGH = 16  # requests, from which a batch gains little by growing
 _JUST_NOW_SECONDS = 0.003
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
@@ -113,8 +113,9 @@ class Batcher:
 
     def _gather(self) -> list[_Work]:
         """Work of at most `max_batch` images together, or one larger item; nothing once the queue is closed."""
-        work, self._held = self._held or self._queue.get(), None
-        if self._draws_breath():
+        held, self._held = self._held, None
+        work = held or self._queue.get()
+        if not held and self._draws_breath():  # what is held did not fit: there is more than enough
             time.sleep(_BREATH_SECONDS)
         batch: list[_Work] = []
         count = 0

@@ -27,6 +27,7 @@ REQUEST_ID = "x-request-id"
 
 _PROCESS = secrets.token_hex(4)  # and a count: asking the system for each call's name would cost more than the name
 _CALLS = itertools.count()
+_LONGEST = 1000
 _DETAILS = "grpc-status-details-bin"
 _NAMEABLE = re.compile(r"[\x21-\x7e]{1,64}")
 
@@ -136,8 +137,8 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
         if isinstance(request, Malformed):
             raise request.error()
 
-    def left(self) -> None:
-        """A call is over."""
+    def left(self, _context: object) -> None:
+        """A call is over: its reply, too, has been handed to the network."""
         self._in_flight -= 1
         if not self._in_flight:
             self._idle.set()
@@ -161,6 +162,7 @@ class _Counted:
         self._call = Call(method=method, request_id=_request_id(context), seconds=context.time_remaining())
 
     async def __aenter__(self) -> Call:
+        self._context.add_done_callback(self._adapter.left)
         try:
             self._adapter.entered(self._call, self._request)
         except ServiceError as error:
@@ -169,21 +171,18 @@ class _Counted:
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         adapter, context, call = self._adapter, self._context, self._call
-        try:
-            if error is None:
-                context.set_trailing_metadata(_trailers(call))
-                adapter.tell(call, grpc.StatusCode.OK)
-            elif isinstance(error, ServiceError):
-                adapter.tell(call, error.status)
-                await _abort(context, error, call)
-            elif isinstance(error, Exception):
-                log.error("call failed", exc_info=error, extra=logs.fields(call, InternalError.status))
-                adapter.tell(call, InternalError.status)
-                await _abort(context, InternalError.of(call.request_id), call)
-            elif isinstance(error, asyncio.CancelledError | GeneratorExit):  # the caller has gone, or waits no longer
-                adapter.tell(call, grpc.StatusCode.CANCELLED)
-        finally:
-            adapter.left()
+        if error is None:
+            context.set_trailing_metadata(_trailers(call))
+            adapter.tell(call, grpc.StatusCode.OK)
+        elif isinstance(error, ServiceError):
+            adapter.tell(call, error.status)
+            await _abort(context, error, call)
+        elif isinstance(error, Exception):
+            log.error("call failed", exc_info=error, extra=logs.fields(call, InternalError.status))
+            adapter.tell(call, InternalError.status)
+            await _abort(context, InternalError.of(call.request_id), call)
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):  # the caller has gone, or waits no longer
+            adapter.tell(call, grpc.StatusCode.CANCELLED)
 
 
 async def _well_formed(requests: AsyncIterator[Request]) -> AsyncIterator[Request]:
@@ -223,10 +222,18 @@ def _async(handle: Callable[[Request], Reply]) -> Callable[[Request, Call], Awai
 async def _abort(context: Any, error: ServiceError, call: Call) -> NoReturn:
     """End the call with a google.rpc.Status in its trailers (grpc/proposal L44)."""
     text = str(error)
-    details = [
-        any_pb2.Any(type_url=f"type.googleapis.com/{message.DESCRIPTOR.full_name}", value=message.SerializeToString())
-        for message in error.details()
-    ]
+    if len(text) > _LONGEST:  # metadata has a limit; beyond it the caller would be told that something was exhausted
+        text = text[:_LONGEST] + "..."
+    details = (
+        []
+        if len(text) > _LONGEST
+        else [
+            any_pb2.Any(
+                type_url=f"type.googleapis.com/{message.DESCRIPTOR.full_name}", value=message.SerializeToString()
+            )
+            for message in error.details()
+        ]
+    )
     status = status_pb2.Status(code=error.status.value[0], message=text, details=details)
     trailers = ((_DETAILS, status.SerializeToString()), *error.trailers(), *_trailers(call))
     await context.abort(error.status, text, trailers)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     logs.configure(config.log_format)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server can reload
     try:
         if only_check:
             print(ports.run(check.check(config)))

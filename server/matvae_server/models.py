@@ -77,7 +77,7 @@ class Models:
         self._config = config
         self._on_batch = on_batch
         self._by_name: dict[str, Model] = {}
-        self._retiring: dict[str, Model] = {}
+        self._retiring: dict[tuple[str, str], Model] = {}  # by name and fingerprint
         self._retirements: set[asyncio.Task[None]] = set()
 
     @property
@@ -87,8 +87,10 @@ class Models:
 
     def live(self) -> list[Model]:
         """Every model that answers, those about to retire last; one for each name and fingerprint."""
-        models = [*self._by_name.values(), *self._retiring.values()]
-        return list({(model.bundle.card.name, model.fingerprint): model for model in reversed(models)}.values())[::-1]
+        models: dict[tuple[str, str], Model] = {}
+        for model in (*self._by_name.values(), *self._retiring.values()):
+            models.setdefault((model.bundle.card.name, model.fingerprint), model)
+        return list(models.values())
 
     def find(self, name: str, expected_fingerprint: str = "") -> Model:
         """The model of that name, the default where it is empty; where a fingerprint is expected, the one that has it.
@@ -100,8 +102,8 @@ class Models:
             raise NotFoundError(f"no model {name!r} here; live: {', '.join(self._by_name)}")
         if expected_fingerprint in ("", model.fingerprint):
             return model
-        retiring = self._retiring.get(expected_fingerprint)
-        if retiring and retiring.bundle.card.name == model.bundle.card.name:
+        retiring = self._retiring.get((model.bundle.card.name, expected_fingerprint))
+        if retiring:
             return retiring
         live = [other.fingerprint for other in self.live() if other.bundle.card.name == model.bundle.card.name]
         raise FailedPreconditionError(
@@ -118,7 +120,7 @@ class Models:
                 if bundle.card.name in fresh:
                     raise ModelError(f"two bundles are named {bundle.card.name!r}: a name must tell them apart")
                 fresh[bundle.card.name] = await _warm(self._config, bundle, encoder, self._on_batch)
-        except ModelError:
+        except BaseException:
             await discard(fresh)
             raise
         return fresh
@@ -136,13 +138,14 @@ class Models:
         await asyncio.gather(*(model.batcher.close() for model in self.live()))
 
     def _retire(self, model: Model) -> None:
-        self._retiring[model.fingerprint] = model
+        key = model.bundle.card.name, model.fingerprint
+        self._retiring[key] = model
         log.info("model %s %s retires in %.0f s", model.bundle.card.name, model.fingerprint, self._config.drain_seconds)
 
         async def end() -> None:
             await asyncio.sleep(self._config.drain_seconds)
-            if self._retiring.get(model.fingerprint) is model:
-                del self._retiring[model.fingerprint]
+            if self._retiring.get(key) is model:
+                del self._retiring[key]
             while model.admission.depth:  # what it still has to answer; nothing new comes
                 await asyncio.sleep(0.1)
             await model.batcher.close()
@@ -181,7 +184,7 @@ async def _warm(config: ServerConfig, bundle: Bundle, encoder: Encoder, on_batch
         for count in sizes:
             await _try_out(bundle, batcher, count)
         measured = [(count, await _try_out(bundle, batcher, count)) for count in sizes]
-    except ModelError:
+    except BaseException:
         await batcher.close()
         raise
     batch_time = BatchTime(measured)

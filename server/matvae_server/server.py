@@ -71,7 +71,7 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
         add_to_server(adapter, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        stopped = stop_signal()
+        stopped = stop_signal(again_ends=config.workers == 1)
         await say_serving(health_servicer)
         await server.start()
         with _reloading(config, models, core):
@@ -131,7 +131,7 @@ def _reloading(config: ServerConfig, models: Models, core: EmbeddingCore) -> Ite
                 fresh = await models.prepare()
                 try:
                     galleries = await asyncio.to_thread(open_galleries, config, fresh)
-                except GalleryError:
+                except BaseException:
                     await discard(fresh)
                     raise
             except (ModelError, GalleryError) as error:
@@ -152,16 +152,20 @@ def _reloading(config: ServerConfig, models: Models, core: EmbeddingCore) -> Ite
         yield
     finally:
         loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # not the end of a server that drains
         task.cancel()
 
 
-def stop_signal() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
+def stop_signal(*, again_ends: bool) -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set. A second signal ends the process at once where `again_ends`.
+
+    It does not in a worker: a signal to the whole group reaches it first by itself and then through its parent.
+    """
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def stop() -> None:
         stopped.set()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT) if again_ends else ():
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
 

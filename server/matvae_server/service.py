@@ -208,7 +208,6 @@ class EmbeddingCore:
         decoder.check(codes, card, self._limits)
         call.model, call.dimensions = card.name, decoder.prefix_of(codes.dimensions, card)
         call.precision = codec.PRECISION_NAMES[codes.precision]
-        call.images += codes.count
         loop = asyncio.get_running_loop()
         # In the pool: neither the event loop nor the encoder waits. Of a caller that has gone nothing more is begun.
         images = await loop.run_in_executor(self._decoders.executor, model.decoder.decode, codes)

@@ -46,7 +46,7 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
         health_servicer = health.aio.HealthServicer()
         health_address = await stack.enter_async_context(serve_health(config, health_servicer))
         port = stack.enter_context(_reserved(config))
-        stopped = stop_signal()
+        stopped = stop_signal(again_ends=True)
 
         async def say_whether_any() -> None:
             await say_serving(health_servicer, any(worker.ready for worker in workers))
@@ -55,7 +55,7 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
         workers = [_Worker(own, number, say_whether_any) for number in range(config.workers)]
         try:
             models = await asyncio.gather(*(worker.start() for worker in workers))
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _signal_all, workers, signal.SIGHUP)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload_all, workers)
             await say_whether_any()
             ready(f"{bracketed(config.host)}:{port}", start_lines(health_address, metrics_url, models[0]))
             keepers = [asyncio.create_task(worker.keep()) for worker in workers]
@@ -64,7 +64,10 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
             for keeper in keepers:
                 keeper.cancel()
         finally:
-            _signal_all(workers, signal.SIGTERM)
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            for worker in workers:
+                worker.signal(signal.SIGTERM)
             await asyncio.gather(*(worker.ended() for worker in workers))
 
 
@@ -79,6 +82,8 @@ class _Worker:
         self._name = f"worker-{number}"
         self._link: Connection | None = None
         self._started = 0.0
+        self._over: asyncio.Future[None] | None = None
+        self._reload_due = False
 
     async def start(self) -> list[str]:
         """Start it; a line for each of its models, once it can answer. Raises StartupError with what it says."""
@@ -87,7 +92,9 @@ class _Worker:
         self.process = context.Process(target=_run_worker, args=(self._config, theirs), name=self._name, daemon=False)
         self.process.start()
         theirs.close()
-        self._started = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        self._started, self._over = loop.time(), loop.create_future()
+        loop.add_reader(self.process.sentinel, self._end, self.process.sentinel, self._over)
         try:
             outcome: list[str] | str = await asyncio.to_thread(self._link.recv)
         except EOFError:
@@ -97,6 +104,8 @@ class _Worker:
             await self.ended()
             raise StartupError(outcome)
         self.ready = True
+        if self._reload_due:
+            self.reload()
         return outcome
 
     async def keep(self) -> None:
@@ -119,32 +128,45 @@ class _Worker:
                 log.info("%s is ready again", self._name)
             except StartupError as error:
                 log.error("%s does not start: %s", self._name, error)  # noqa: TRY400 - the message says it all
+            except Exception:  # no process to be had, say: tried again like the rest
+                log.exception("%s does not start", self._name)
 
     async def ended(self) -> None:
         """Wait for its end."""
-        if self.process is None:
+        if self.process is None or self._over is None:
             return
-        loop, over = asyncio.get_running_loop(), asyncio.Event()
-        sentinel = self.process.sentinel
-        loop.add_reader(sentinel, over.set)
-        try:
-            await over.wait()
-        finally:
-            loop.remove_reader(sentinel)
+        await asyncio.shield(self._over)
         self.process.join()
         if self.process.pid:
             metrics.worker_died(self.process.pid)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal, if it lives."""
+        if self.process and self.process.pid and self.process.is_alive():
+            os.kill(self.process.pid, number)
 
-def _signal_all(workers: list[_Worker], number: signal.Signals) -> None:
+    def reload(self) -> None:
+        """Make it reload: now, or as soon as it is ready, for it may have read the old bundles already."""
+        self._reload_due = not self.ready
+        if self.ready:
+            self.signal(signal.SIGHUP)
+
+    @staticmethod
+    def _end(sentinel: int, over: asyncio.Future[None]) -> None:
+        asyncio.get_running_loop().remove_reader(sentinel)
+        if not over.done():
+            over.set_result(None)
+
+
+def _reload_all(workers: list[_Worker]) -> None:
     for worker in workers:
-        if worker.process and worker.process.pid and worker.process.is_alive():
-            os.kill(worker.process.pid, number)
+        worker.reload()
 
 
 def _run_worker(config: ServerConfig, link: Connection) -> None:
     """What a worker process does. It stops with SIGTERM, and when its parent is gone."""
     logs.configure(config.log_format)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can reload
 
     def ready(_address: str, models: list[str]) -> None:
         link.send(models)

@@ -73,12 +73,7 @@ def test_throughput_of_some_cells(monkeypatch, briefly, tmp_path: Path, capsys) 
 
 @pytest.mark.parametrize("coalesced", [False, True])
 def test_many_callers_in_one_client(server, coalesced: bool) -> None:
-    try:
-        measured = coalescing.measure(server.address, callers=8, seconds=0.2, coalesced=coalesced)
-    except BenchmarkError as error:
-        assert coalesced
-        assert "no coalesce" in str(error)  # noqa: PT017 - until the client has it
-        return
+    measured = coalescing.measure(server.address, callers=8, seconds=0.2, coalesced=coalesced)
     assert measured["images_per_second"] > 0
     assert measured["failed"] == 0
 

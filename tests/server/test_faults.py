@@ -144,6 +144,13 @@ def test_a_request_at_the_limit_and_a_byte_beyond(victim: ServerProcess) -> None
         assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+def test_a_name_too_long_to_be_told_is_not_found(victim: ServerProcess) -> None:
+    with grpc.insecure_channel(victim.address) as channel:
+        with pytest.raises(grpc.RpcError) as refused:
+            pb_grpc.EmbeddingServiceStub(channel).GetModel(pb.GetModelRequest(model="x" * 20_000), timeout=SECONDS)
+        assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+
+
 @pytest.mark.parametrize("method", ["Embed", "GetModel", "GetHead", "Decode", "PullGallery"])
 def test_random_bytes_as_a_message(victim: ServerProcess, method: str) -> None:
     with grpc.insecure_channel(victim.address) as channel:

@@ -45,6 +45,8 @@ def test_sigterm_under_load_answers_every_call_and_exits_0(start_server) -> None
         codes = [call.code() for call in calls]
         assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
         assert all(call.result().codes.count == 256 for call in calls if call.code() == grpc.StatusCode.OK)
+        # Whatever was not answered was refused, or never got through; what was accepted was not cut off.
+        assert all("cut off" not in call.details() for call in calls)
 
 
 def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(tmp_path: Path) -> None:
@@ -72,6 +74,30 @@ def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(tmp_path: Path)
                 # Longer than the server's FLUSH_SECONDS, after which it would have cut off what it does not wait for.
                 with pytest.raises(grpc.FutureTimeoutError):
                     held.result(timeout=1.0)
+                with gate.open("w"):
+                    assert held.result().codes.count == 1
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+def test_a_reload_that_comes_while_it_drains_ends_nothing(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    script = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(gate)]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = next(line for line in process.stdout if " ready on " in line).split()[-1]
+            with grpc.insecure_channel(address) as channel:
+                request = pb.EmbedRequest(raw=pb.RawImages(pixels=bytes(784), shape=(1, 28, 28, 1)))
+                held = pb_grpc.EmbeddingServiceStub(channel).Embed.future(request, timeout=60)
+                assert process.stdout.readline() == "at the gate\n"
+                watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+                assert next(watch).status == Status.SERVING
+                process.send_signal(signal.SIGTERM)
+                assert next(watch).status == Status.NOT_SERVING
+                process.send_signal(signal.SIGHUP)
                 with gate.open("w"):
                     assert held.result().codes.count == 1
             assert process.wait(30) == 0

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -38,7 +40,15 @@ def own_connection(address: str) -> grpc.Channel:
 def children(process: subprocess.Popen[bytes]) -> set[int]:
     """Workers: the children that serve, without the helper of multiprocessing that tracks resources."""
     found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return {int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    return {int(pid) for pid in found if "spawn_main" in read(f"/proc/{pid}/cmdline")}
+
+
+def read(path: str) -> str:
+    """A file of /proc; nothing of a process that is gone by now."""
+    try:
+        return Path(path).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -46,7 +56,7 @@ def until(holds: Callable[[], bool]) -> None:
     give_up = time.monotonic() + GIVE_UP
     while not holds():
         assert time.monotonic() < give_up
-        os.sched_yield()
+        select.select((), (), (), 0.01)
 
 
 @pytest.fixture
@@ -82,7 +92,7 @@ def test_a_killed_worker_fails_its_calls_alone_and_is_replaced(pair: ServerProce
 def test_workers_end_with_their_parent(pair: ServerProcess) -> None:
     workers = children(pair.process)
     pair.process.kill()
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    until(lambda: all(") Z " in (stat := read(f"/proc/{pid}/stat")) or not stat for pid in workers))
 
 
 def test_workers_stop_cleanly(pair: ServerProcess) -> None:
@@ -130,6 +140,33 @@ def test_every_worker_reloads(start_server: Start, bundle: bundles.Bundle, tmp_p
             return seen
 
         until(lambda: live() == {new})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_lets_workers_finish(pair: ServerProcess, number: signal.Signals) -> None:
+    """As Ctrl-C and service managers do it: a worker is told by them, and again by its parent."""
+    never_closed = threading.Event()
+
+    def messages() -> Iterator[pb.EmbedStreamRequest]:
+        yield pb.EmbedStreamRequest(id=1, request=ONE)
+        never_closed.wait(GIVE_UP)
+        yield pb.EmbedStreamRequest(id=2, request=ONE)
+
+    with own_connection(pair.address) as channel:
+        stream = pb_grpc.EmbeddingServiceStub(channel).EmbedStream(messages(), timeout=GIVE_UP)
+        assert next(stream).id == 1
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=GIVE_UP)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        for worker in children(pair.process):
+            os.kill(worker, number)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        pair.process.send_signal(number)
+        until(lambda: "draining" in pair.log)
+        never_closed.set()
+        assert next(stream).id == 2
+        assert list(stream) == []
+    assert pair.process.wait(GIVE_UP) == 0
 
 
 def test_workers_do_not_share_a_port_with_another_server(pair: ServerProcess) -> None:
