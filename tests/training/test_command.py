@@ -151,7 +151,7 @@ def test_arguments_that_are_no_numbers_are_refused_by_name(data_root, tmp_path, 
         (("--prefixes", "8,4"), "prefixes must ascend"),
         (("--prefixes", "8,16", "--dimensions", "8"), "prefixes must ascend and end with dimensions=8"),
         (("--divergence-weight", "nan"), "divergence_weight"),
-        (("--reconstruction", "none"), "needs a reconstruction or heads"),
+        (("--reconstruction", "none"), "needs a reconstruction, heads or a contrast"),
         (("--lr", "1e30", "--batch-size", "64"), "step 2: the reconstruction of prefix"),
     ],
 )

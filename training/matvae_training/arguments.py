@@ -9,7 +9,9 @@ from pathlib import Path
 
 from matvae_server.card import NetworkConfig
 from matvae_training.config import (
+    AUGMENTATIONS,
     CLASSES,
+    CONSISTENCIES,
     DIVERGENCES,
     FOLDER,
     HEADS,
@@ -17,6 +19,7 @@ from matvae_training.config import (
     MUTUALS,
     OBJECTIVES,
     RECONSTRUCTIONS,
+    SUITABLE,
     FitConfig,
     ObjectiveConfig,
     default_prefix_weights,
@@ -35,6 +38,9 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "smoothness": ("weight of its second part", ()),
     "heads": ("linear classifiers of every prefix, trained with the encoder: it then learns from labels", HEADS),
     "heads_weight": ("of their cross-entropy", ()),
+    "consistency": ("of two views of every image", CONSISTENCIES),
+    "consistency_weight": ("of that", ()),
+    "augmentation": ("makes views; where an objective wants one, that which suits the data set", AUGMENTATIONS),
 }
 """Fields of ObjectiveConfig that have an option: what it is, and its choices, where it is not a number."""
 
@@ -58,13 +64,25 @@ def parser() -> argparse.ArgumentParser:
     _add_training(fit)
     _add_objective(fit)
     _add_network(fit)
+    card = commands.add_parser(
+        "card",
+        help="write a bundle's card for people",
+        description="Write the card of a bundle as Markdown, with the front matter that Hugging Face reads.",
+        allow_abbrev=False,
+    )
+    card.add_argument("bundle", help="a directory, or the name of a packaged bundle")
+    card.add_argument("--out", type=Path, help="file (standard output)")
     return whole
 
 
 def objective(options: argparse.Namespace) -> ObjectiveConfig:
     """The named objective, with what options change of it. Raises FitError."""
+    named = OBJECTIVES[options.objective]
     changes = {name: getattr(options, name) for name in (*_PARTS, "biased") if getattr(options, name) is not None}
-    return dataclasses.replace(OBJECTIVES[options.objective], **changes)
+    consistent = changes.get("consistency", named.consistency) != "none"
+    if consistent:
+        changes.setdefault("augmentation", SUITABLE.get(options.dataset, "photos"))
+    return dataclasses.replace(named, **changes)
 
 
 def network(options: argparse.Namespace) -> NetworkConfig:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
 
+from matvae_server import bundle
 from matvae_server.card import CardError
-from matvae_training import arguments, provenance
+from matvae_training import arguments, model_card, provenance
 from matvae_training.config import DataError, FitError
 
 EXTRA = "matvae-train needs {module}: pip install 'matvae[training]'"
@@ -17,6 +19,24 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a failed export, 2 for input that cannot be used."""
     words = sys.argv[1:] if words is None else list(words)
     options = arguments.parser().parse_args(words)
+    return _card(options) if options.command == "card" else _fit(options, words)
+
+
+def _card(options: argparse.Namespace) -> int:
+    try:
+        text = model_card.render(bundle.load(bundle.find(options.bundle)).card)
+        if options.out:
+            options.out.write_text(text, encoding="utf-8")
+        else:
+            print(text, end="")
+    except bundle.BundleError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or options.out}: {error.strerror or error}")
+    return 0
+
+
+def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.resume and options.run is None:
         return _fail("--resume needs --run, the directory to go on in")
     try:

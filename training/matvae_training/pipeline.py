@@ -110,14 +110,19 @@ def fit_bundle(
 
 
 def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -> str:
-    """One sentence for the card: what was trained on what, and who saw labels."""
+    """One sentence for the card: what was trained on what, and who saw labels or several views of an image."""
     parts = " + ".join(part for part in (objective.reconstruction, objective.divergence) if part != "none")
-    name = next((name for name, value in OBJECTIVES.items() if value == objective), parts)
+    plain = dataclasses.replace(objective, consistency="none", augmentation="none")
+    name = next((name for name, value in OBJECTIVES.items() if value == plain), parts)
     title = {"mmd-vae": "MMD-VAE"}.get(name, f"code ({name})")
+    if objective.consistency != "none":
+        title += f" with {objective.consistency} of two views"
     nested = "Matryoshka" if len(network.prefixes) > 1 else "Single-size"
     saw = (
         "encoder and heads learned from labels" if objective.uses_labels else "the encoder saw no labels, the heads did"
     )
+    if objective.augmentation != "none":
+        saw += f"; it saw augmented views ({objective.augmentation})"
     return f"{nested} {title} of {dataset}: {saw}."
 
 
