@@ -64,6 +64,16 @@ def parser() -> argparse.ArgumentParser:
     _add_training(fit)
     _add_objective(fit)
     _add_network(fit)
+    pca = commands.add_parser(
+        "pca",
+        help="principal components as a bundle",
+        description="The floor that a trained code has to beat: principal components in closed form, evaluated and "
+        "written as a bundle like any other.",
+        allow_abbrev=False,
+    )
+    _add_data(pca)
+    _add_prefixes(pca)
+    pca.add_argument("--probabilistic", action="store_true", help="probabilistic PCA: shrunk and scaled to the prior")
     card = commands.add_parser(
         "card",
         help="write a bundle's card for people",
@@ -126,14 +136,6 @@ def _add_data(fit: argparse.ArgumentParser) -> None:
     )
     fit.add_argument("--name", help="of the model (that of the data set, or of the folder)")
     fit.add_argument("--out", type=Path, required=True, help="directory of the bundle, made if need be")
-    fit.add_argument("--log", type=Path, help="file for one line of JSON per epoch")
-    fit.add_argument(
-        "--run",
-        type=Path,
-        metavar="DIR",
-        help="directory for metrics, a checkpoint after every epoch, and what it takes to repeat the run",
-    )
-    fit.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run, if there is one")
     fit.add_argument(
         "--exclude-classes",
         type=lambda text: tuple(text.split(",")),
@@ -148,11 +150,19 @@ def _add_data(fit: argparse.ArgumentParser) -> None:
         metavar="N",
         help="hold out N training images and evaluate on them, not on the test set",
     )
+    fit.add_argument("--threads", type=_whole(1), help="CPU threads (all cores)")
 
 
 def _add_training(fit: argparse.ArgumentParser) -> None:
     default = FitConfig()
-    fit.add_argument("--threads", type=_whole(1), help="CPU threads (all cores)")
+    fit.add_argument("--log", type=Path, help="file for one line of JSON per epoch")
+    fit.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="directory for metrics, a checkpoint after every epoch, and what it takes to repeat the run",
+    )
+    fit.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run, if there is one")
     fit.add_argument(
         "--epochs", type=_whole(1), default=default.epochs, help="passes over the training images (%(default)s)"
     )
@@ -189,14 +199,7 @@ def _add_objective(fit: argparse.ArgumentParser) -> None:
 
 def _add_network(fit: argparse.ArgumentParser) -> None:
     default = NetworkConfig()
-    fit.add_argument(
-        "--prefixes",
-        type=_whole_numbers,
-        default=",".join(map(str, default.prefixes)),
-        metavar="M,M,...",
-        help="trained prefixes, the last of which is the whole code; a single one is a model without Matryoshka "
-        "(%(default)s)",
-    )
+    _add_prefixes(fit)
     fit.add_argument("--dimensions", type=_whole(1), help="of the whole code (the last of the prefixes)")
     fit.add_argument(
         "--conv-channels",
@@ -207,6 +210,18 @@ def _add_network(fit: argparse.ArgumentParser) -> None:
     )
     fit.add_argument(
         "--decoder-hidden", type=_whole(1), default=default.decoder_hidden, help="width of the decoder (%(default)s)"
+    )
+
+
+def _add_prefixes(fit: argparse.ArgumentParser) -> None:
+    default = NetworkConfig()
+    fit.add_argument(
+        "--prefixes",
+        type=_whole_numbers,
+        default=",".join(map(str, default.prefixes)),
+        metavar="M,M,...",
+        help="trained prefixes, the last of which is the whole code; a single one is a model without Matryoshka "
+        "(%(default)s)",
     )
 
 

@@ -37,38 +37,48 @@ def _card(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
-    if options.resume and options.run is None:
+    resume, run, log_file = (getattr(options, name, None) for name in ("resume", "run", "log"))
+    if resume and run is None:
         return _fail("--resume needs --run, the directory to go on in")
     try:
         from matvae_training import pipeline
         from matvae_training.export import ExportError
     except ModuleNotFoundError as error:
         return _fail(EXTRA.format(module=error.name))
-    paths = {
-        str(options.data_root): "DATA_ROOT",
-        str(options.out): "OUT",
-        str(options.log): "LOG",
-        str(options.run): "RUN",
-    }
+    paths = {str(options.data_root): "DATA_ROOT", str(options.out): "OUT", str(log_file): "LOG", str(run): "RUN"}
+    command = provenance.command("matvae-train", words, paths)
+    source = pipeline.Source(
+        dataset=options.dataset,
+        root=options.data_root,
+        name=options.name or "",
+        image_shape=options.image_shape,
+        exclude_classes=options.exclude_classes,
+        validation=options.validation,
+    )
     try:
         with contextlib.ExitStack() as stack:
+            if options.command == "pca":
+                pipeline.pca_bundle(
+                    source=source,
+                    out=options.out,
+                    prefixes=options.prefixes,
+                    probabilistic=options.probabilistic,
+                    threads=options.threads,
+                    command=command,
+                )
+                return 0
             network, config = arguments.network(options), arguments.config(options)
-            log = stack.enter_context(options.log.open("w", encoding="utf-8")) if options.log else None
+            log = stack.enter_context(log_file.open("w", encoding="utf-8")) if log_file else None
             pipeline.fit_bundle(
-                dataset=options.dataset,
-                data_root=options.data_root,
+                source=source,
                 out=options.out,
-                name=options.name or "",
-                image_shape=options.image_shape,
                 network=network,
                 config=config,
-                exclude_classes=options.exclude_classes,
-                validation=options.validation,
                 threads=options.threads,
-                command=provenance.command("matvae-train", words, paths),
+                command=command,
                 log=log,
-                run=options.run,
-                resume=options.resume,
+                run=run,
+                resume=bool(resume),
             )
     except (DataError, FitError, CardError) as error:
         return _fail(str(error))
@@ -78,7 +88,7 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
         _fail(str(error))
         return 1
     except KeyboardInterrupt:
-        _fail(f"interrupted; no bundle was written{'; --resume goes on' if options.run else ''}")
+        _fail(f"interrupted; no bundle was written{'; --resume goes on' if run else ''}")
         return 130
     return 0
 
