@@ -151,7 +151,7 @@ def test_arguments_that_are_no_numbers_are_refused_by_name(data_root, tmp_path, 
         (("--prefixes", "8,4"), "prefixes must ascend"),
         (("--prefixes", "8,16", "--dimensions", "8"), "prefixes must ascend and end with dimensions=8"),
         (("--divergence-weight", "nan"), "divergence_weight"),
-        (("--reconstruction", "none"), "needs a reconstruction or heads"),
+        (("--reconstruction", "none"), "needs a reconstruction, heads or a contrast"),
         (("--lr", "1e30", "--batch-size", "64"), "step 2: the reconstruction of prefix"),
     ],
 )
@@ -257,3 +257,22 @@ def test_classes_that_cannot_be_excluded_are_named(data_root, tmp_path, capsys, 
     arguments = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path)]
     assert cli.main([*arguments, "--exclude-classes", names]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--probabilistic"]])
+def test_principal_components_are_a_bundle_like_any_other(data_root, tmp_path, options):
+    words = ["pca", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
+    assert cli.main([*words, "--prefixes", "2,8", *options]) == 0
+    loaded = bundle.load(tmp_path / "bundle")
+    assert loaded.card.network.kind == "onnx"
+    assert loaded.card.description.startswith("Probabilistic PCA of" if options else "PCA of")
+    assert len(loaded.card.metrics) == 4 * 4 * 2
+    images = data.load("fashion-mnist", data_root).test.images
+    codes = session(loaded.encoder_onnx).run(None, {"images": images.numpy()})[0]
+    assert np.abs(np.cov(codes.T)[0, 1]) < 0.3 * np.cov(codes.T)[1, 1], "coordinates do not correlate"
+
+
+def test_more_principal_components_than_pixels_are_refused(data_root, tmp_path, capsys):
+    words = ["pca", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
+    assert cli.main([*words, "--prefixes", "2,800"]) == 2
+    assert "800 dimensions are more than the 784 pixels" in capsys.readouterr().err

@@ -218,7 +218,7 @@ def test_the_default_descends_as_it_did_before_there_was_a_choice(images):
         ({"variance": 0.0}, "variance must be a finite number above 0"),
         ({"divergence_weight": -1.0}, "divergence_weight must be"),
         ({"kl_weight": float("nan")}, "kl_weight must be"),
-        ({"reconstruction": "none"}, "needs a reconstruction or heads"),
+        ({"reconstruction": "none"}, "needs a reconstruction, heads or a contrast"),
     ],
 )
 def test_what_is_no_objective_is_refused(changes, message):

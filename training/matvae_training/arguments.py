@@ -9,7 +9,9 @@ from pathlib import Path
 
 from matvae_server.card import NetworkConfig
 from matvae_training.config import (
+    AUGMENTATIONS,
     CLASSES,
+    CONSISTENCIES,
     DIVERGENCES,
     FOLDER,
     HEADS,
@@ -17,6 +19,7 @@ from matvae_training.config import (
     MUTUALS,
     OBJECTIVES,
     RECONSTRUCTIONS,
+    SUITABLE,
     FitConfig,
     ObjectiveConfig,
     default_prefix_weights,
@@ -35,6 +38,9 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "smoothness": ("weight of its second part", ()),
     "heads": ("linear classifiers of every prefix, trained with the encoder: it then learns from labels", HEADS),
     "heads_weight": ("of their cross-entropy", ()),
+    "consistency": ("of two views of every image", CONSISTENCIES),
+    "consistency_weight": ("of that", ()),
+    "augmentation": ("makes views; where an objective wants one, that which suits the data set", AUGMENTATIONS),
 }
 """Fields of ObjectiveConfig that have an option: what it is, and its choices, where it is not a number."""
 
@@ -58,13 +64,35 @@ def parser() -> argparse.ArgumentParser:
     _add_training(fit)
     _add_objective(fit)
     _add_network(fit)
+    pca = commands.add_parser(
+        "pca",
+        help="principal components as a bundle",
+        description="The floor that a trained code has to beat: principal components in closed form, evaluated and "
+        "written as a bundle like any other.",
+        allow_abbrev=False,
+    )
+    _add_data(pca)
+    _add_prefixes(pca)
+    pca.add_argument("--probabilistic", action="store_true", help="probabilistic PCA: shrunk and scaled to the prior")
+    card = commands.add_parser(
+        "card",
+        help="write a bundle's card for people",
+        description="Write the card of a bundle as Markdown, with the front matter that Hugging Face reads.",
+        allow_abbrev=False,
+    )
+    card.add_argument("bundle", help="a directory, or the name of a packaged bundle")
+    card.add_argument("--out", type=Path, help="file (standard output)")
     return whole
 
 
 def objective(options: argparse.Namespace) -> ObjectiveConfig:
     """The named objective, with what options change of it. Raises FitError."""
+    named = OBJECTIVES[options.objective]
     changes = {name: getattr(options, name) for name in (*_PARTS, "biased") if getattr(options, name) is not None}
-    return dataclasses.replace(OBJECTIVES[options.objective], **changes)
+    consistent = changes.get("consistency", named.consistency) != "none"
+    if consistent:
+        changes.setdefault("augmentation", SUITABLE.get(options.dataset, "photos"))
+    return dataclasses.replace(named, **changes)
 
 
 def network(options: argparse.Namespace) -> NetworkConfig:
@@ -108,14 +136,6 @@ def _add_data(fit: argparse.ArgumentParser) -> None:
     )
     fit.add_argument("--name", help="of the model (that of the data set, or of the folder)")
     fit.add_argument("--out", type=Path, required=True, help="directory of the bundle, made if need be")
-    fit.add_argument("--log", type=Path, help="file for one line of JSON per epoch")
-    fit.add_argument(
-        "--run",
-        type=Path,
-        metavar="DIR",
-        help="directory for metrics, a checkpoint after every epoch, and what it takes to repeat the run",
-    )
-    fit.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run, if there is one")
     fit.add_argument(
         "--exclude-classes",
         type=lambda text: tuple(text.split(",")),
@@ -130,11 +150,19 @@ def _add_data(fit: argparse.ArgumentParser) -> None:
         metavar="N",
         help="hold out N training images and evaluate on them, not on the test set",
     )
+    fit.add_argument("--threads", type=_whole(1), help="CPU threads (all cores)")
 
 
 def _add_training(fit: argparse.ArgumentParser) -> None:
     default = FitConfig()
-    fit.add_argument("--threads", type=_whole(1), help="CPU threads (all cores)")
+    fit.add_argument("--log", type=Path, help="file for one line of JSON per epoch")
+    fit.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="directory for metrics, a checkpoint after every epoch, and what it takes to repeat the run",
+    )
+    fit.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run, if there is one")
     fit.add_argument(
         "--epochs", type=_whole(1), default=default.epochs, help="passes over the training images (%(default)s)"
     )
@@ -171,14 +199,7 @@ def _add_objective(fit: argparse.ArgumentParser) -> None:
 
 def _add_network(fit: argparse.ArgumentParser) -> None:
     default = NetworkConfig()
-    fit.add_argument(
-        "--prefixes",
-        type=_whole_numbers,
-        default=",".join(map(str, default.prefixes)),
-        metavar="M,M,...",
-        help="trained prefixes, the last of which is the whole code; a single one is a model without Matryoshka "
-        "(%(default)s)",
-    )
+    _add_prefixes(fit)
     fit.add_argument("--dimensions", type=_whole(1), help="of the whole code (the last of the prefixes)")
     fit.add_argument(
         "--conv-channels",
@@ -189,6 +210,18 @@ def _add_network(fit: argparse.ArgumentParser) -> None:
     )
     fit.add_argument(
         "--decoder-hidden", type=_whole(1), default=default.decoder_hidden, help="width of the decoder (%(default)s)"
+    )
+
+
+def _add_prefixes(fit: argparse.ArgumentParser) -> None:
+    default = NetworkConfig()
+    fit.add_argument(
+        "--prefixes",
+        type=_whole_numbers,
+        default=",".join(map(str, default.prefixes)),
+        metavar="M,M,...",
+        help="trained prefixes, the last of which is the whole code; a single one is a model without Matryoshka "
+        "(%(default)s)",
     )
 
 

@@ -15,6 +15,7 @@ from matvae_server.card import Card, Metric
 from matvae_training.data import Split
 from matvae_training.evaluate import evaluate, fit_quantiser
 from matvae_training.export import INVARIANCE_BATCHES, Servable, batch_invariance, export, throughput
+from matvae_training.extras import kmeans_accuracy, reconstruction_mse, sampled_mlp_accuracy
 from matvae_training.probes import LOGISTIC, MLP, train_heads
 
 
@@ -45,6 +46,7 @@ def write_bundle(
     quantiser = fit_quantiser(codes)
     heads: list[bundle.Head] = []
     metrics: tuple[Metric, ...] = ()
+    extra: dict[str, dict[int, float]] = {}
     if measure:
         say("heads: logistic and two-layer MLP of every prefix")
         heads = [
@@ -52,11 +54,12 @@ def write_bundle(
             for probe in (LOGISTIC, MLP)
             for head in train_heads(codes, train.labels, network.prefixes, len(classes), probe).values()
         ]
+        queries = encode(model, held.images)
         say(f"evaluate: {len(held)} {split} images against {len(train)}")
         metrics = evaluate(
             gallery=codes,
             gallery_labels=train.labels,
-            queries=encode(model, held.images),
+            queries=queries,
             query_labels=held.labels,
             prefixes=network.prefixes,
             classes=len(classes),
@@ -64,6 +67,13 @@ def write_bundle(
             heads=heads,
             split=split,
         )
+
+        say("clusters, reconstructions, sampled codes")
+        extra["kmeans_accuracy"] = kmeans_accuracy(codes, train.labels, queries, held.labels, network.prefixes)
+        if model.decoder is not None:
+            extra["reconstruction_mse"] = reconstruction_mse(model.decoder, queries, held.images, network.prefixes)
+        if hasattr(model.encoder, "posterior"):
+            extra["sampled_mlp_accuracy"] = sampled_mlp_accuracy(model.encoder, held.images, held.labels, heads)
 
     say("export")
     shown = held if measure else train
@@ -92,6 +102,7 @@ def write_bundle(
             heads=tuple((head.kind, head.dimensions) for head in heads),
             provenance={
                 **provenance,
+                **{key: json.dumps({m: round(value, 6) for m, value in each.items()}) for key, each in extra.items()},
                 "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "batch_invariance": json.dumps(invariance),
                 "encoder_throughput": f"{rate:.0f} images/s, onnxruntime, 1 thread, batch 64",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
 
+from matvae_server import bundle
 from matvae_server.card import CardError
-from matvae_training import arguments, provenance
+from matvae_training import arguments, model_card, provenance
 from matvae_training.config import DataError, FitError
 
 EXTRA = "matvae-train needs {module}: pip install 'matvae[training]'"
@@ -17,38 +19,66 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a failed export, 2 for input that cannot be used."""
     words = sys.argv[1:] if words is None else list(words)
     options = arguments.parser().parse_args(words)
-    if options.resume and options.run is None:
+    return _card(options) if options.command == "card" else _fit(options, words)
+
+
+def _card(options: argparse.Namespace) -> int:
+    try:
+        text = model_card.render(bundle.load(bundle.find(options.bundle)).card)
+        if options.out:
+            options.out.write_text(text, encoding="utf-8")
+        else:
+            print(text, end="")
+    except bundle.BundleError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or options.out}: {error.strerror or error}")
+    return 0
+
+
+def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
+    resume, run, log_file = (getattr(options, name, None) for name in ("resume", "run", "log"))
+    if resume and run is None:
         return _fail("--resume needs --run, the directory to go on in")
     try:
         from matvae_training import pipeline
         from matvae_training.export import ExportError
     except ModuleNotFoundError as error:
         return _fail(EXTRA.format(module=error.name))
-    paths = {
-        str(options.data_root): "DATA_ROOT",
-        str(options.out): "OUT",
-        str(options.log): "LOG",
-        str(options.run): "RUN",
-    }
+    paths = {str(options.data_root): "DATA_ROOT", str(options.out): "OUT", str(log_file): "LOG", str(run): "RUN"}
+    command = provenance.command("matvae-train", words, paths)
+    source = pipeline.Source(
+        dataset=options.dataset,
+        root=options.data_root,
+        name=options.name or "",
+        image_shape=options.image_shape,
+        exclude_classes=options.exclude_classes,
+        validation=options.validation,
+    )
     try:
         with contextlib.ExitStack() as stack:
+            if options.command == "pca":
+                pipeline.pca_bundle(
+                    source=source,
+                    out=options.out,
+                    prefixes=options.prefixes,
+                    probabilistic=options.probabilistic,
+                    threads=options.threads,
+                    command=command,
+                )
+                return 0
             network, config = arguments.network(options), arguments.config(options)
-            log = stack.enter_context(options.log.open("w", encoding="utf-8")) if options.log else None
+            log = stack.enter_context(log_file.open("w", encoding="utf-8")) if log_file else None
             pipeline.fit_bundle(
-                dataset=options.dataset,
-                data_root=options.data_root,
+                source=source,
                 out=options.out,
-                name=options.name or "",
-                image_shape=options.image_shape,
                 network=network,
                 config=config,
-                exclude_classes=options.exclude_classes,
-                validation=options.validation,
                 threads=options.threads,
-                command=provenance.command("matvae-train", words, paths),
+                command=command,
                 log=log,
-                run=options.run,
-                resume=options.resume,
+                run=run,
+                resume=bool(resume),
             )
     except (DataError, FitError, CardError) as error:
         return _fail(str(error))
@@ -58,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> int:
         _fail(str(error))
         return 1
     except KeyboardInterrupt:
-        _fail(f"interrupted; no bundle was written{'; --resume goes on' if options.run else ''}")
+        _fail(f"interrupted; no bundle was written{'; --resume goes on' if run else ''}")
         return 130
     return 0
 

@@ -40,6 +40,8 @@ DIVERGENCES = ("mmd", "kl", "capacity", "none")
 KERNELS = ("imq", "rbf", "rbf-tutorial-text", "rbf-tutorial-code", "rbf-dimensions")
 MUTUALS = ("official", "reproduced", "none")
 HEADS = ("untied", "tied", "none")
+CONSISTENCIES = ("alignment", "contrast", "none")
+AUGMENTATIONS = ("digits", "garments", "photos", "none")
 
 
 def _check_number(name: str, value: float, *, positive: bool = False) -> None:
@@ -51,10 +53,11 @@ def _check_number(name: str, value: float, *, positive: bool = False) -> None:
 class ObjectiveConfig:
     """What to minimise, as `objectives.build` reads it; each part is explained in the file of its name there.
 
-    reconstruction + divergence_weight * divergence + kl_weight * KL + mutual + heads_weight * heads, all per pixel but
-    the heads. `variance` is that of squared-error, `kernel` and `biased` are the MMD's, `capacity` (nats) is the
-    capacity divergence's, `diversity` and `smoothness` are the mutual divergence's. `sampled` says whether codes are
-    drawn from the posterior while training, or are its means.
+    reconstruction + divergence_weight * divergence + kl_weight * KL + mutual + heads_weight * heads
+    + consistency_weight * consistency of two views by `augmentation`; the first four are per pixel. `variance` is that
+    of squared-error, `kernel` and `biased` are the MMD's, `capacity` (nats) is the capacity divergence's, `diversity`
+    and `smoothness` are the mutual divergence's. `sampled` says whether codes are drawn from the posterior while
+    training, or are its means.
     """
 
     reconstruction: str = "gaussian"
@@ -70,6 +73,9 @@ class ObjectiveConfig:
     smoothness: float = 0.1
     heads: str = "none"
     heads_weight: float = 1.0
+    consistency: str = "none"
+    consistency_weight: float = 1.0
+    augmentation: str = "none"
     sampled: bool = True
 
     def __post_init__(self) -> None:
@@ -79,16 +85,20 @@ class ObjectiveConfig:
             "kernel": KERNELS,
             "mutual": MUTUALS,
             "heads": HEADS,
+            "consistency": CONSISTENCIES,
+            "augmentation": AUGMENTATIONS,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise FitError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in ("divergence_weight", "kl_weight", "capacity", "smoothness", "heads_weight"):
+        for name in ("divergence_weight", "kl_weight", "capacity", "smoothness", "heads_weight", "consistency_weight"):
             _check_number(name, getattr(self, name))
         for name in ("variance", "diversity"):
             _check_number(name, getattr(self, name), positive=True)
-        if self.reconstruction == self.heads == "none":
-            raise FitError("an objective needs a reconstruction or heads: nothing else makes codes tell images apart")
+        if self.reconstruction == self.heads == "none" and self.consistency != "contrast":
+            raise FitError("an objective needs a reconstruction, heads or a contrast: codes must tell images apart")
+        if self.consistency != "none" and self.augmentation == "none":
+            raise FitError(f"{self.consistency} compares two views of an image: choose an augmentation that makes them")
 
     @property
     def uses_labels(self) -> bool:
@@ -109,8 +119,13 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
     "mrl": ObjectiveConfig(reconstruction="none", divergence="none", heads="untied", sampled=False),
     "mrl-tied": ObjectiveConfig(reconstruction="none", divergence="none", heads="tied", sampled=False),
     "multitask": ObjectiveConfig(heads="untied"),
+    "mmd-vae-aligned": ObjectiveConfig(consistency="alignment", augmentation="photos"),
+    "mmd-vae-contrast": ObjectiveConfig(consistency="contrast", augmentation="photos"),
 }
 """The objectives that `--objective` knows. Options beside it change one of their values each."""
+
+SUITABLE = {"mnist": "digits", "fashion-mnist": "garments"}
+"""The augmentation that leaves the labels of a data set alone, where it is not that of photos."""
 
 
 def default_prefix_weights(prefixes: tuple[int, ...]) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,109 +15,181 @@ import torch
 from matvae_server.card import Card, NetworkConfig
 from matvae_training import provenance
 from matvae_training.bundling import table, write_bundle
-from matvae_training.config import FOLDER, OBJECTIVES, FitConfig, ObjectiveConfig
-from matvae_training.data import hold_out, load, without
+from matvae_training.config import FOLDER, OBJECTIVES, FitConfig, FitError, ObjectiveConfig
+from matvae_training.data import Split, hold_out, load, without
+from matvae_training.export import Servable
 from matvae_training.fit import Progress, fit
 from matvae_training.folder import summary
+from matvae_training.pca import fit_pca
 from matvae_training.run import Run
 
 _SPLIT_SEED = 0  # not the training seed, so that every run is validated on the same images
 
 
-def fit_bundle(
-    *,
-    dataset: str,
-    data_root: Path,
-    out: Path,
-    network: NetworkConfig,
-    config: FitConfig,
-    exclude_classes: Sequence[str] = (),
-    validation: int = 0,
-    threads: int | None = None,
-    command: str = "",
-    name: str = "",
-    image_shape: tuple[int, int, int] | None = None,
-    log: IO[str] | None = None,
-    run: Path | None = None,
-    resume: bool = False,
-) -> Card:
-    """Train on `dataset`, evaluate, and write the bundle into `out`; returns its card.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """What to train and measure on.
 
     With `validation` that many training images are held out and evaluated on, and the test set is not looked at;
     without, all of them train and the test set is evaluated once. `image_shape` (height, width, channels) is what the
     images of a folder are brought to, and `name` the model's, where it is not the data's. Classes named in
-    `exclude_classes` are left out of everything, and the card says so. `log` takes one line of JSON per epoch. `run` is
-    a directory for metrics and a checkpoint, from which `resume` goes on. Raises DataError, FitError, ExportError, and
-    OSError where `out` cannot be written.
+    `exclude_classes` are left out of everything, and the card says so.
+    """
+
+    dataset: str
+    root: Path
+    name: str = ""
+    image_shape: tuple[int, int, int] | None = None
+    exclude_classes: tuple[str, ...] = ()
+    validation: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """The data as they are used, and what a card says of them."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    held: Split
+    split: str
+    known: dict[str, str]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+
+def fit_bundle(
+    *,
+    source: Source,
+    out: Path,
+    network: NetworkConfig,
+    config: FitConfig,
+    threads: int | None = None,
+    command: str = "",
+    log: IO[str] | None = None,
+    run: Path | None = None,
+    resume: bool = False,
+) -> Card:
+    """Train on `source`, evaluate, and write the bundle into `out`; returns its card.
+
+    `log` takes one line of JSON per epoch. `run` is a directory for metrics and a checkpoint, from which `resume` goes
+    on. Raises DataError, FitError, ExportError, and OSError where `out` cannot be written.
     """
     started = time.perf_counter()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
-    whole = load(dataset, data_root, image_shape)
-    if whole.unreadable:
-        _say(f"left out {len(whole.unreadable)} files that cannot be read: {summary(whole.unreadable)}")
-    name = name or (data_root.stem if dataset == FOLDER else dataset)
-    data = without(whole, exclude_classes) if exclude_classes else whole
-    train, held = hold_out(data.train, validation, _SPLIT_SEED) if validation else (data.train, data.test)
-    split = "validation" if validation else "test"
-    shape = tuple(train.images.shape[1:])
-    network = dataclasses.replace(network, height=shape[0], width=shape[1], channels=shape[2])
+    data = _prepare(source, out, threads)
+    height, width, channels = data.shape
+    network = dataclasses.replace(network, height=height, width=width, channels=channels)
     repeat = {
-        "dataset": dataset,
-        "data_sha256": data.digest,
-        "split": f"train on {len(train)}, evaluate on {len(held)} ({split})",
-        "n_train": str(len(train)),
-        "excluded_classes": json.dumps({whole.classes.index(name): name for name in exclude_classes}),
-        "unreadable_files": str(len(whole.unreadable)),
+        **data.known,
         "seed": str(config.seed),
         "epochs": str(config.epochs),
         "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
-        "hardware": provenance.hardware(torch.get_num_threads()),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-        "command": command,
+        **_circumstances(command),
     }
     kept = None
     if run is not None:
         shaped = {"network": json.dumps(dataclasses.asdict(network), sort_keys=True)}
         kept = Run(run, {**repeat, **shaped}, resume=resume)
 
-    _say(f"fit: {len(train)} images, {config.epochs} epochs")
+    _say(f"fit: {len(data.train)} images, {config.epochs} epochs")
     model = fit(
-        train.images,
+        data.train.images,
         network,
         config,
         _Reporter(log, kept.record if kept else None),
-        labels=train.labels if config.objective.uses_labels else None,
+        labels=data.train.labels if config.objective.uses_labels else None,
         checkpoint=kept.checkpoint if kept else None,
     )
-    fitted = time.perf_counter()
+    seconds = f"{time.perf_counter() - started:.0f} to fit"
+    return _write(model, data, out, describe(data.name, network, config.objective), {**repeat, "seconds": seconds})
+
+
+def pca_bundle(
+    *,
+    source: Source,
+    out: Path,
+    prefixes: tuple[int, ...],
+    probabilistic: bool = False,
+    threads: int | None = None,
+    command: str = "",
+) -> Card:
+    """The principal components of `source` as a bundle in `out`: the floor of every other. Raises as `fit_bundle`."""
+    data = _prepare(source, out, threads)
+    try:
+        model = fit_pca(data.train.images, NetworkConfig.of_onnx(data.shape, prefixes), probabilistic=probabilistic)
+    except ValueError as error:
+        raise FitError(str(error)) from None
+    kind = "Probabilistic PCA" if probabilistic else "PCA"
+    description = f"{kind} of the pixels of {data.name}, in closed form: the encoder saw no labels, the heads did."
+    return _write(model, data, out, description, {**data.known, **_circumstances(command)})
+
+
+def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
+    whole = load(source.dataset, source.root, source.image_shape)
+    if whole.unreadable:
+        _say(f"left out {len(whole.unreadable)} files that cannot be read: {summary(whole.unreadable)}")
+    data = without(whole, source.exclude_classes) if source.exclude_classes else whole
+    held_out = hold_out(data.train, source.validation, _SPLIT_SEED) if source.validation else (data.train, data.test)
+    train, held = held_out
+    split = "validation" if source.validation else "test"
+    known = {
+        "dataset": source.dataset,
+        "data_sha256": data.digest,
+        "split": f"train on {len(train)}, evaluate on {len(held)} ({split})",
+        "n_train": str(len(train)),
+        "excluded_classes": json.dumps({whole.classes.index(name): name for name in source.exclude_classes}),
+        "unreadable_files": str(len(whole.unreadable)),
+    }
+    name = source.name or (source.root.stem if source.dataset == FOLDER else source.dataset)
+    return _Prepared(name=name, classes=data.classes, train=train, held=held, split=split, known=known)
+
+
+def _circumstances(command: str) -> dict[str, str]:
+    return {
+        "hardware": provenance.hardware(torch.get_num_threads()),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "command": command,
+    }
+
+
+def _write(model: Servable, data: _Prepared, out: Path, description: str, known: Mapping[str, str]) -> Card:
     card = write_bundle(
         model,
-        train=train,
-        held=held,
-        split=split,
+        train=data.train,
+        held=data.held,
+        split=data.split,
         classes=data.classes,
         out=out,
-        name=name,
-        description=describe(name, network, config.objective),
-        provenance={**repeat, "seconds": f"{fitted - started:.0f} to fit"},
+        name=data.name,
+        description=description,
+        provenance=known,
         say=_say,
     )
-    _say(f"{out}: {card.fingerprint[:12]}, {time.perf_counter() - started:.0f} s\n{table(card)}")
+    _say(f"{out}: {card.fingerprint[:12]}\n{table(card)}")
     return card
 
 
 def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -> str:
-    """One sentence for the card: what was trained on what, and who saw labels."""
+    """One sentence for the card: what was trained on what, and who saw labels or several views of an image."""
     parts = " + ".join(part for part in (objective.reconstruction, objective.divergence) if part != "none")
-    name = next((name for name, value in OBJECTIVES.items() if value == objective), parts)
+    plain = dataclasses.replace(objective, consistency="none", augmentation="none")
+    name = next((name for name, value in OBJECTIVES.items() if value == plain), parts)
     title = {"mmd-vae": "MMD-VAE"}.get(name, f"code ({name})")
+    if objective.consistency != "none":
+        title += f" with {objective.consistency} of two views"
     nested = "Matryoshka" if len(network.prefixes) > 1 else "Single-size"
     saw = (
         "encoder and heads learned from labels" if objective.uses_labels else "the encoder saw no labels, the heads did"
     )
+    if objective.augmentation != "none":
+        saw += f"; it saw augmented views ({objective.augmentation})"
     return f"{nested} {title} of {dataset}: {saw}."
 
 

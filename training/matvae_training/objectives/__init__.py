@@ -2,7 +2,7 @@
 
     gaussian  squared_error  bernoulli      reconstructions
     kl  mmd (kernels)                       divergences from the prior
-    mutual  heads                           further terms
+    mutual  heads  consistency              further terms
     composition                             their sum, and Matryoshka around it
 
 To add one: a file with a `Term`, a field of `config.ObjectiveConfig`, a line in `build`.
@@ -11,9 +11,11 @@ To add one: a file with a `Term`, a field of `config.ObjectiveConfig`, a line in
 from __future__ import annotations
 
 from matvae_server.card import NetworkConfig
+from matvae_training.augment import AUGMENTATIONS
 from matvae_training.config import ObjectiveConfig
 from matvae_training.objectives.bernoulli import bernoulli
 from matvae_training.objectives.composition import Objective, Term
+from matvae_training.objectives.consistency import alignment, contrast
 from matvae_training.objectives.gaussian import gaussian
 from matvae_training.objectives.heads import Heads
 from matvae_training.objectives.kernels import KERNELS
@@ -49,4 +51,16 @@ def build(config: ObjectiveConfig, network: NetworkConfig, classes: int, *, bflo
         terms["mutual"] = (1.0, mutual)
     if config.heads != "none":
         terms["heads"] = (config.heads_weight, Heads(network.prefixes, classes, tied=config.heads == "tied"))
-    return Objective(terms=terms, sampled=config.sampled, decodes=config.reconstruction != "none", bfloat16=bfloat16)
+    if config.consistency != "none":
+        terms["consistency"] = (
+            config.consistency_weight,
+            {"alignment": alignment, "contrast": contrast}[config.consistency],
+        )
+    return Objective(
+        terms=terms,
+        sampled=config.sampled,
+        decodes=config.reconstruction != "none",
+        bfloat16=bfloat16,
+        augment=AUGMENTATIONS.get(config.augmentation),
+        paired=config.consistency != "none",
+    )

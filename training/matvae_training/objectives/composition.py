@@ -30,6 +30,7 @@ class Batch:
     codes            a sample of the posterior, or its mean (n, dimensions)
     reconstructions  from every prefix (prefixes, n, height, width, channels), where a term reads them
     progress         how much of the training is done, from 0 to 1
+    other            posterior means of a second view of the images (n, dimensions), where a term compares two
     """
 
     images: Tensor
@@ -40,6 +41,7 @@ class Batch:
     reconstructions: Tensor | None
     prefixes: tuple[int, ...]
     progress: float
+    other: Tensor | None = None
 
     @property
     def pixels(self) -> int:
@@ -103,12 +105,15 @@ class Objective:
     """Weight and term by name, in the order in which they are computed.
 
     `sampled`: terms see codes drawn from the posterior, else its means. `decodes`: some term reads reconstructions.
+    `augment` makes a view of uint8 images, which is then trained on in their place; `paired`: some term compares two.
     """
 
     terms: Mapping[str, tuple[float, Term]]
     sampled: bool = True
     decodes: bool = True
     bfloat16: bool = False
+    augment: Callable[[Tensor], Tensor] | None = None
+    paired: bool = False
 
     def learned(self) -> nn.ModuleDict:
         """The terms that have weights of their own to train."""
@@ -118,10 +123,14 @@ class Objective:
         self, network: Network, images: Tensor, labels: Tensor | None = None, progress: float = 0.0
     ) -> dict[str, Tensor]:
         """The terms of one uint8 batch (n, height, width, channels), unweighted, each (prefixes,)."""
+        views = [images] if self.augment is None else [self.augment(images) for _ in range(2 if self.paired else 1)]
+        images, seen, other = views[0], torch.cat(views) if self.paired else views[0], None
         # In bfloat16 only the matrix products are: parameters, posterior and losses stay float32.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
-            mean, log_variance = network.encoder.posterior(images)
+            mean, log_variance = network.encoder.posterior(seen)
         mean, log_variance = mean.float(), log_variance.float()
+        if self.paired:
+            (mean, other), (log_variance, _) = mean.chunk(2), log_variance.chunk(2)
         codes = mean + torch.randn_like(mean) * (0.5 * log_variance).exp() if self.sampled else mean
         targets = images.to(codes.dtype) / 255.0
         reconstructions = None
@@ -139,6 +148,7 @@ class Objective:
             reconstructions=reconstructions,
             prefixes=network.config.prefixes,
             progress=progress,
+            other=other,
         )
         return {name: term(batch) for name, (_, term) in self.terms.items()}
 

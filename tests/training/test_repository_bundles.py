@@ -1,0 +1,45 @@
+"""The bundles in the repository, outside the wheel: whole, small, and as good as they must be."""
+
+import itertools
+import re
+
+import pytest
+
+from matvae.v1 import codec
+from matvae_server import bundle
+from matvae_training import model_card
+
+FLOORS = {"mnist": {2: 0.70, 4: 0.846, 8: 0.941, 16: 0.965, 32: 0.976, 64: 0.978, 128: 0.978}}
+"""MLP accuracy of the bundle that was first committed, less one point."""
+
+
+@pytest.fixture(params=FLOORS)
+def loaded(request, repository):
+    return bundle.load(repository / "bundles" / request.param)
+
+
+def test_it_is_measured_and_good(loaded):
+    card = loaded.card
+    keys = [(metric.name, metric.dimensions, metric.precision) for metric in card.metrics]
+    names = ("knn", "logistic", "mlp", "recall@10")
+    assert sorted(keys) == sorted(itertools.product(names, card.network.prefixes, codec.PRECISIONS))
+    assert {(metric.n, metric.split) for metric in card.metrics} == {(10_000, "test")}
+    for metric in card.metrics:
+        if (metric.name, metric.precision) == ("mlp", "float32"):
+            assert metric.value >= FLOORS[card.name][metric.dimensions], metric
+
+
+def test_it_is_small_and_names_no_machine(loaded):
+    files = {file.name: file.read_bytes() for file in loaded.path.iterdir()}
+    assert set(files) == {bundle.CARD, "README.md", *bundle.FILES}
+    assert sum(map(len, files.values())) <= 10_000_000
+    for name, content in files.items():
+        assert not re.search(rb"/(site-packages|home|tmp|work)/", content), name
+
+
+def test_its_card_for_people_is_that_of_its_card(loaded):
+    assert (loaded.path / "README.md").read_text() == model_card.render(loaded.card)
+
+
+def test_its_commit_is_named(loaded):
+    assert re.fullmatch(r"[0-9a-f]{40}", loaded.card.provenance["commit"])
