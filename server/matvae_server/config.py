@@ -11,6 +11,8 @@ from matvae_server import bundle as bundles
 from matvae_server import runtimes
 from matvae_server.images import Limits
 
+_LONGEST_SECONDS = 10**6  # gRPC counts milliseconds in 32 bits
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Security:
@@ -82,14 +84,17 @@ class ServerConfig:
             if getattr(self, name) < least:
                 chooses = " (choose)" if least == 0 else ""
                 raise ValueError(f"{name} must be at least {least}{chooses}, not {getattr(self, name)}")
+        ports = [port for port in (self.port, self.health_port, self.metrics_port) if port]
+        if len(set(ports)) < len(ports):
+            raise ValueError(f"port, health_port and metrics_port must differ: {', '.join(map(str, ports))}")
         if 0 < self.max_queue < self.limits.max_images_per_request:
             raise ValueError(
                 f"max_queue must hold one full request of {self.limits.max_images_per_request} images, "
                 f"not {self.max_queue}"
             )
         for name in ("drain_seconds", "max_connection_age"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0 seconds, not {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= _LONGEST_SECONDS:
+                raise ValueError(f"{name} must be 0 to {_LONGEST_SECONDS:,} seconds, not {getattr(self, name)}")
         if not self.bundles:
             raise ValueError("bundle: give at least one")
         for entry in self.galleries:

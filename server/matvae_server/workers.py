@@ -194,6 +194,7 @@ def _reserved(config: ServerConfig) -> Iterator[int]:
             alone.bind((config.host, config.port))
             port = alone.getsockname()[1]
         with socket.socket(family) as held:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may linger
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             held.bind((config.host, port))
             yield port

@@ -169,6 +169,15 @@ def test_a_signal_to_the_whole_group_lets_workers_finish(pair: ServerProcess, nu
     assert pair.process.wait(GIVE_UP) == 0
 
 
+def test_workers_take_a_port_that_a_single_server_left(start_server: Start) -> None:
+    """Connections that it ended linger for a minute (TIME-WAIT), and they never agreed to share the port."""
+    with start_server() as server, own_connection(server.address) as channel:
+        assert pb_grpc.EmbeddingServiceStub(channel).Embed(ONE, timeout=GIVE_UP).codes.count == 1
+        assert server.stop()[0] == 0  # it, not the client, ends the connection
+    with start_server("--port", server.address.rpartition(":")[2], "--workers", "2") as pair:
+        assert pair.address == server.address
+
+
 def test_workers_do_not_share_a_port_with_another_server(pair: ServerProcess) -> None:
     port = pair.address.rpartition(":")[2]
     done = serve("--workers", "2", "--port", port)
