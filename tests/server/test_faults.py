@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -142,6 +143,19 @@ def test_a_request_at_the_limit_and_a_byte_beyond(victim: ServerProcess) -> None
         with pytest.raises(grpc.RpcError) as refused:
             stub.Embed(request, timeout=SECONDS)
         assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_connections_that_are_old_end_and_calls_go_on(start_server: Callable[..., ServerProcess]) -> None:
+    with (
+        start_server("--max-connection-age", "0.5", "--runtime", "onnxruntime") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = pb_grpc.EmbeddingServiceStub(channel)
+        assert stub.Embed(ONE, timeout=SECONDS).codes.count == 1
+        ended = threading.Event()
+        channel.subscribe(lambda state: ended.set() if state is grpc.ChannelConnectivity.IDLE else None)
+        assert ended.wait(SECONDS)
+        assert stub.Embed(ONE, timeout=SECONDS).codes.count == 1
 
 
 def test_a_name_too_long_to_be_told_is_not_found(victim: ServerProcess) -> None:
