@@ -167,3 +167,20 @@ def test_the_readmes_load_figures_are_those_of_load(repository: Path) -> None:
         mean, spread = figure.replace(",", "").split(" ± ")
         digits = len(mean.partition(".")[2])
         assert any((f"{float(a):.{digits}f}", f"{float(b):.{digits}f}") == (mean, spread) for a, b in known), figure
+
+
+def test_usearch_beside_flat(repository: Path, results: dict[str, Any]) -> None:
+    points = results["retrieval-1m-usearch"]["contenders"]
+    flat = next(point["queries_per_second"] for point in points if point["name"] == "flat-128")
+    for row, point in zip(table(repository / "docs" / "retrieval.md", "usearch beside"), points, strict=True):
+        assert row == [
+            point["name"],
+            point["setting"],
+            f"{point['recall_at_10']:.4f}",
+            f"{point['queries_per_second']:,.0f}",
+            f"{point['queries_per_second'] / flat:.1f}",
+            f"{point['batch_queries_per_second']:,.0f}",
+            f"{point['bytes_per_vector']:.0f}",
+            f"{point['resident_bytes'] / 1e6:.0f} MB",
+            f"{point['build_seconds']:.1f} s",
+        ]
