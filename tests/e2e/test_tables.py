@@ -184,3 +184,18 @@ def test_usearch_beside_flat(repository: Path, results: dict[str, Any]) -> None:
             f"{point['resident_bytes'] / 1e6:.0f} MB",
             f"{point['build_seconds']:.1f} s",
         ]
+
+
+def test_every_overload_run_is_told(repository: Path, results: dict[str, Any]) -> None:
+    """The runs of the same thing, in README and docs: none is left out."""
+    names = ["overload-64-run-1", "overload-64", "overload-64-run-3", "overload-64-run-4"]
+    assert {name for name in results if name.startswith("overload-64")} == set(names)
+    readme = (repository / "README.md").read_text()
+    shares, ratios = [], []
+    for row, name in zip(table(repository / "docs" / "load.md", "run"), names, strict=True):
+        points = {point["load"]: point for point in results[name]["points"]}
+        shares.append(points[3.0]["of_peak"])
+        ratios.append(points[3.0]["latency_ms"]["p99"] / points[0.8]["latency_ms"]["p99"])
+        assert row[1:] == [f"{shares[-1]:.2f}", f"{ratios[-1]:.2f}"]
+    assert ", ".join(f"{share:.2f}" for share in shares) in readme
+    assert ", ".join(f"{ratio:.1f}" for ratio in ratios) in readme
