@@ -24,6 +24,7 @@ class Augmentation:
     shear    both ways
     flip     left and right, every other image
     jitter   of brightness and contrast, both ways
+    tint     of the strength of each colour by itself, both ways
     grey     how often colours are taken away
     """
 
@@ -33,6 +34,7 @@ class Augmentation:
     shear: float = 0.0
     flip: bool = False
     jitter: float = 0.0
+    tint: float = 0.0
     grey: float = 0.0
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -53,6 +55,8 @@ class Augmentation:
         # Behind the edge of a photo lies more of the same, behind that of a drawing nothing.
         edge = "reflection" if images.shape[3] == 3 else "zeros"
         pixels = grid_sample(pixels, grid, padding_mode=edge, align_corners=False)
+        if self.tint:
+            pixels = pixels * (1 + within(self.tint, pixels.shape[1], 1, 1))
         if self.grey:
             gone = (torch.rand(n, 1, 1, 1, device=device) < self.grey).float()
             pixels = torch.lerp(pixels, pixels.mean(1, keepdim=True), gone)
@@ -67,5 +71,5 @@ class Augmentation:
 AUGMENTATIONS: dict[str, Augmentation] = {
     "digits": Augmentation(degrees=12, zoom=(0.85, 1.2), shift=0.08, shear=0.2),
     "garments": Augmentation(zoom=(0.9, 1.1), shift=0.07, flip=True, jitter=0.2),
-    "photos": Augmentation(zoom=(0.5, 1.0), shift=0.2, flip=True, jitter=0.4, grey=0.2),
+    "photos": Augmentation(zoom=(0.5, 1.0), shift=0.2, flip=True, jitter=0.4, tint=0.3, grey=0.2),
 }
