@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import grpc
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health
 
 from matvae_server import logs, security
 from matvae_server.calls import GrpcAdapter, Observer
@@ -22,7 +21,6 @@ from matvae_server.metrics import Metrics, MetricsError, endpoint
 from matvae_server.models import Model, ModelError, Models, discard
 from matvae_server.ports import (
     FLUSH_SECONDS,
-    SERVICE_NAME,
     StartupError,
     listen,
     options,
@@ -68,9 +66,7 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
             metrics.live = models.live
         core = EmbeddingCore(models, limits=config.limits, decoders=decoders, galleries=galleries)
         adapter = GrpcAdapter(core, observers, metrics.observe_part if metrics else None)
-        add_to_server(adapter, server)
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        add_to_server(adapter, health_servicer, server)
         stopped = stop_signal(again_ends=config.workers == 1)
         await say_serving(health_servicer)
         await server.start()

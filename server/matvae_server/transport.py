@@ -8,6 +8,8 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server.calls import GrpcAdapter, Malformed
@@ -22,10 +24,10 @@ _KINDS = {
 }
 
 
-def add_to_server(adapter: GrpcAdapter, server: grpc.aio.Server) -> None:
-    """What the generated `add_EmbeddingServiceServicer_to_server` does, but for requests that are no message.
+def add_to_server(adapter: GrpcAdapter, health_servicer: health.aio.HealthServicer, server: grpc.aio.Server) -> None:
+    """Hang in the service, health and reflection.
 
-    Those reach the adapter as `Malformed`; gRPC itself would log a traceback, and answer UNKNOWN.
+    Bytes that are no message reach the adapter as `Malformed`; gRPC itself would log a traceback, and answer UNKNOWN.
     """
     handlers = {
         method.name: _KINDS[method.client_streaming, method.server_streaming](
@@ -36,7 +38,24 @@ def add_to_server(adapter: GrpcAdapter, server: grpc.aio.Server) -> None:
         for method in SERVICE.methods
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
-    server.add_registered_method_handlers(SERVICE.full_name, handlers)
+    generic = _Generic(server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, generic)
+    names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), generic)
+
+
+class _Generic:
+    """What generated code takes for a server; it gives the server generic handlers alone.
+
+    For every registered method grpc.aio keeps a future, and looks at each of them whenever a call comes in: twelve,
+    with health and reflection. All generic handlers share one.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, _service: str, _handlers: object) -> None:
+        """The generic handlers do."""
 
 
 def _parser(message: type[Message]) -> Callable[[bytes], Any]:
