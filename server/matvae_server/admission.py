@@ -70,11 +70,7 @@ class Admission:
         """
         excess = self.depth + images - self.bound
         if excess > 0 and self.depth:
-            raise ResourceExhaustedError(
-                f"the queue is full: {self.depth} images wait, {images} more are over its bound of {self.bound}",
-                # Up to twice as long: who was refused together should not come back together.
-                retry_after=random.uniform(1, 2) * self.seconds(excess),
-            )
+            raise self._full(f"{images} more are over its bound of {self.bound}", excess)
         predicted = before + self.seconds(self.depth + images)
         if seconds_left is not None and predicted > seconds_left:
             raise DeadlineExceededError(
@@ -82,6 +78,19 @@ class Admission:
                 f"{1000 * max(0.0, seconds_left):.0f} ms; nothing was computed"
             )
         return Place(self, images)
+
+    def refusal(self) -> ResourceExhaustedError | None:
+        """Why not one more image is let in, where the queue is full to the brim."""
+        if self.depth < self.bound:
+            return None
+        return self._full("no more have room", self._max_batch)
+
+    def _full(self, why: str, excess: int) -> ResourceExhaustedError:
+        return ResourceExhaustedError(
+            f"the queue is full: {self.depth} images wait, {why}",
+            # Up to twice as long: who was refused together should not come back together.
+            retry_after=random.uniform(1, 2) * self.seconds(excess),
+        )
 
 
 class Place:

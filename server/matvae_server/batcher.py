@@ -143,7 +143,7 @@ class Batcher:
         at = time.perf_counter()
         try:
             parts = [item.images for item in batch]
-            images = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            images = parts[0] if len(parts) == 1 else _joined(parts)
             starts = range(0, len(images), self._max_batch)
             return _Started(batch, [self._submit(images[start : start + self._max_batch]) for start in starts], at)
         except Exception as error:
@@ -185,6 +185,11 @@ def _at_once(encode: Callable[[Pixels], Codes]) -> Callable[[Pixels], Callable[[
         return lambda: codes
 
     return submit
+
+
+def _joined(parts: list[Pixels]) -> Pixels:
+    """One array of them all. numpy's own would let go of the interpreter for every part, and wait to have it back."""
+    return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, *parts[0].shape[1:])  # type: ignore[arg-type]
 
 
 def _fetch(fetches: list[Callable[[], Codes]], images: int) -> _Outcome:

@@ -104,6 +104,14 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
             async for message in self._core.pull_gallery(request, call):
                 yield message
 
+    def refusal(self, method: str) -> ServiceError | None:
+        """Why a call that begins now is refused, whatever its message says."""
+        return self._core.refusal() if method == "Embed" and not self._draining else None
+
+    async def end(self, path: str, error: ServiceError, context: Any) -> None:
+        """End a call of /service/method whose message is not received, and tell the observers."""
+        await refuse(context, path, error, self._observers)
+
     def refuse(self) -> None:
         """From now on every new call is UNAVAILABLE; those in flight go on."""
         self._draining = True

@@ -22,7 +22,7 @@ from matvae_server.batcher import Batcher
 from matvae_server.bundle import Bundle, BundleError
 from matvae_server.config import ServerConfig
 from matvae_server.decoder import Decoder
-from matvae_server.errors import FailedPreconditionError, NotFoundError
+from matvae_server.errors import FailedPreconditionError, NotFoundError, ServiceError
 from matvae_server.runtimes import Encoder
 
 QUEUE_SECONDS = 0.025
@@ -84,6 +84,11 @@ class Models:
     def default(self) -> Model:
         """That of the first bundle."""
         return next(iter(self._by_name.values()))
+
+    def refusal(self) -> ServiceError | None:
+        """Why no call for codes is let in, whatever it asks for: the queues of all models are full."""
+        errors = [model.admission.refusal() for model in self._by_name.values()]
+        return errors[0] if all(errors) else None
 
     def live(self) -> list[Model]:
         """Every model that answers, those about to retire last; one for each name and fingerprint."""
@@ -235,4 +240,6 @@ def _bound(config: ServerConfig, batch_time: BatchTime) -> int:
     if config.max_queue:
         return config.max_queue
     rate = config.max_batch / max(1e-6, batch_time.seconds(config.max_batch, config.max_batch))
-    return max(2 * config.limits.max_images_per_request, math.ceil(QUEUE_SECONDS * rate))
+    # Of whole batches, so that full ones fill it to the brim: then more are refused before they are received.
+    batches = math.ceil(QUEUE_SECONDS * rate / config.max_batch)
+    return max(2 * config.limits.max_images_per_request, batches * config.max_batch)

@@ -57,6 +57,10 @@ class EmbeddingCore:
         self._limits = limits
         self._decoders = decoders
 
+    def refusal(self) -> ServiceError | None:
+        """Why `embed` would refuse whatever it was sent now, where it would."""
+        return self._models.refusal()
+
     def get_model(self, request: pb.GetModelRequest) -> pb.GetModelResponse:
         """The model's card and this server's limits. Raises NotFoundError."""
         return self._models.find(request.model).description

@@ -25,23 +25,47 @@ _KINDS = {
 
 
 def add_to_server(adapter: GrpcAdapter, health_servicer: health.aio.HealthServicer, server: grpc.aio.Server) -> None:
-    """Hang in the service, health and reflection.
-
-    Bytes that are no message reach the adapter as `Malformed`; gRPC itself would log a traceback, and answer UNKNOWN.
-    """
-    handlers = {
-        method.name: _KINDS[method.client_streaming, method.server_streaming](
-            getattr(adapter, method.name),
-            request_deserializer=_parser(message_factory.GetMessageClass(method.input_type)),
-            response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
-        )
-        for method in SERVICE.methods
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
+    """Hang in the service, health and reflection."""
     generic = _Generic(server)
+    generic.add_generic_rpc_handlers((_Service(adapter),))
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, generic)
     names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), generic)
+
+
+class _Service(grpc.GenericRpcHandler):
+    """Finds the adapter's method for a call.
+
+    Bytes that are no message reach it as `Malformed`; gRPC itself would log a traceback, and answer UNKNOWN.
+    """
+
+    def __init__(self, adapter: GrpcAdapter) -> None:
+        self._adapter = adapter
+        self._methods = {f"/{SERVICE.full_name}/{method.name}": method.name for method in SERVICE.methods}
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            method.name: _KINDS[method.client_streaming, method.server_streaming](
+                getattr(adapter, method.name),
+                request_deserializer=_parser(message_factory.GetMessageClass(method.input_type)),
+                response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+            )
+            for method in SERVICE.methods
+        }
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """See grpc.GenericRpcHandler. The handler of a call that is refused receives no message."""
+        path = handler_call_details.method
+        method = self._methods.get(path)
+        if method is None:
+            return None
+        error = self._adapter.refusal(method)
+        if error is None:
+            return self._handlers[method]
+
+        async def end(_requests: Any, context: Any) -> None:
+            await self._adapter.end(path, error, context)
+
+        # Of a stream nothing is received until its handler asks: in an overload that is a third of what refusing costs.
+        return grpc.stream_stream_rpc_method_handler(end)
 
 
 class _Generic:
