@@ -76,6 +76,17 @@ def test_the_queue_counts_images_and_refuses_beyond_its_bound() -> None:
         assert queue.depth == 20
 
 
+def test_a_queue_refuses_anything_once_it_is_full_to_the_brim() -> None:
+    queue = admission(bound=100)
+    with queue.admit(99, None):
+        assert queue.refusal() is None
+        with queue.admit(1, None):
+            refused = queue.refusal()
+    assert refused is not None
+    once = 1000 * queue.seconds(10)  # a batch
+    assert once <= refused.retry_after_ms <= 2 * once + 1
+
+
 def test_one_request_above_the_bound_is_let_in_when_nobody_waits() -> None:
     with admission(bound=10).admit(11, None):
         pass
@@ -105,7 +116,7 @@ class Gated:
 
     def __init__(self, process: subprocess.Popen[str], gate: Path, channel: grpc.Channel) -> None:
         self.process, self.gate = process, gate
-        self.stub = pb_grpc.EmbeddingServiceStub(channel)
+        self.channel, self.stub = channel, pb_grpc.EmbeddingServiceStub(channel)
 
     def send(self, images: int) -> grpc.Future[pb.EmbedResponse]:
         return self.stub.Embed.future(request(images), timeout=300)
@@ -158,6 +169,22 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(gated: Gated) -
     pushback = int(dict(refused.trailing_metadata())["grpc-retry-pushback-ms"])
     assert 3000 <= pushback == info.retry_delay.ToMilliseconds() <= 6000  # three images too many
     assert gated.stub.GetModel(pb.GetModelRequest(), timeout=60).limits.max_queue_images == 256
+
+
+def test_a_queue_full_to_the_brim_refuses_before_the_message_is_received(gated: Gated) -> None:
+    held = gated.send(256)
+    gated.wait_for_a_batch()
+    # What would be INVALID_ARGUMENT, had anybody looked at it.
+    embed = gated.channel.unary_unary("/matvae.v1.EmbeddingService/Embed")
+    with pytest.raises(grpc.RpcError) as refused:
+        embed(b"\xff no message" * 100_000, timeout=300, metadata=[("x-request-id", "mine")])
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "256 images wait, no more have room" in refused.value.details()
+    trailers = dict(refused.value.trailing_metadata())
+    assert trailers["x-request-id"] == "mine"
+    assert 1000 <= int(trailers["grpc-retry-pushback-ms"]) <= 2000
+    assert gated.stub.GetModel(pb.GetModelRequest(), timeout=60).card.name  # calls for no codes are answered
+    assert not held.done()
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_before_any_compute(gated: Gated) -> None:
