@@ -1,19 +1,22 @@
-"""`matvae-serve --check`: everything that a start does but listen, and what would be served."""
+"""`matvae-serve --check`: everything that a start does but answer, and what would be served."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 
 from matvae_server import security
-from matvae_server.config import ServerConfig, bracketed
+from matvae_server.config import ServerConfig, bracketed, cores
 from matvae_server.galleries import GalleryError
 from matvae_server.models import Model, ModelError, Models, discard
-from matvae_server.ports import StartupError
+from matvae_server.ports import StartupError, unavailable
 from matvae_server.server import open_galleries
 
 
 async def check(config: ServerConfig) -> str:
     """Load and warm up all that `config` names; what would be served, line by line. Raises StartupError."""
+    for flag in ("--port", "--health-port", "--metrics-port"):
+        _try_port(config, flag)
     try:
         security.credentials(config.security)
         security.interceptors(config.security)
@@ -36,7 +39,21 @@ async def check(config: ServerConfig) -> str:
         f"would listen on {bracketed(config.host)}:{config.port} with {config.workers} "
         f"worker{'' if config.workers == 1 else 's'}",
     ]
+    wide = config.workers * config.encoder_threads
+    if wide > cores():
+        lines.append(f"note: workers x threads are {wide}, and this process may use {cores()} cores")
     return "\n".join(lines)
+
+
+def _try_port(config: ServerConfig, flag: str) -> None:
+    port: int | None = getattr(config, flag.removeprefix("--").replace("-", "_"))
+    if port is None:
+        return
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        socket.create_server((config.host, port), family=family).close()
+    except OSError:
+        raise unavailable(f"{bracketed(config.host)}:{port}", flag) from None
 
 
 def _describe(config: ServerConfig, model: Model) -> list[str]:

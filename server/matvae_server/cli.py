@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from matvae_server import check, logs, measure, ports
     from matvae_server.bundle import BundleError
     from matvae_server.config import Security, ServerConfig
+    from matvae_server.images import Limits
     from matvae_server.runtimes import RuntimeUnavailableError
     from matvae_server.server import serve
     from matvae_server.workers import serve_with_workers
@@ -44,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     only_check, only_measure = options.pop("check"), options.pop("measure")
     try:
-        security = Security(**{field.name: options.pop(field.name) for field in dataclasses.fields(Security)})
-        config = ServerConfig(security=security, **options)
+        security, limits = Security(**_take(Security, options)), Limits(**_take(Limits, options))
+        config = ServerConfig(security=security, limits=limits, **options)
     except ValueError as error:
         parser.error(str(error))
     logs.configure(config.log_format)
@@ -64,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _take(kind: type[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that are fields of another dataclass than the rest; they are taken out."""
+    return {field.name: options.pop(field.name) for field in dataclasses.fields(kind) if field.name in options}
+
+
 def _quieten_grpc(arguments: Sequence[str] | None) -> None:
     """Keep lines that are no JSON out of a log of JSON: gRPC's core has its own, and asks as it is imported."""
     early = argparse.ArgumentParser(prog="matvae-serve", add_help=False)
@@ -77,9 +83,10 @@ def _say_ready(address: str, lines: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Every flag sets the field of its name in ServerConfig or Security, and has an environment variable."""
+    """Every flag sets the field of its name in ServerConfig, Security or Limits, and has an environment variable."""
     from matvae_server import bundle, runtimes
     from matvae_server.config import Security, ServerConfig
+    from matvae_server.images import Limits
 
     parser = argparse.ArgumentParser(
         prog="matvae-serve",
@@ -87,15 +94,21 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    defaults = vars(ServerConfig()) | vars(Security())
+    defaults = vars(ServerConfig()) | vars(Security()) | vars(Limits())
 
     def add(group: Any, flag: str, help_text: str, **kwargs: Any) -> None:
         name = flag.removeprefix("--").replace("-", "_")
         variable, default = f"MATVAE_{name.upper()}", defaults[name]
         said = "none" if default in (None, "") else default
+        value = os.environ.get(variable, default)
+        if isinstance(value, str) and (read := kwargs.get("type")):
+            try:
+                value = read(value)
+            except ValueError:
+                parser.error(f"{variable} must be a number, not {value!r}")
         group.add_argument(
             flag,
-            default=os.environ.get(variable, default),
+            default=value,
             help=f"{help_text} ({variable}; default {said})",
             **kwargs,
         )
@@ -163,6 +176,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="IMAGES",
     )
+    add(load, "--max-images-per-request", "images that a request may have", type=int, metavar="IMAGES")
+    add(load, "--max-message-bytes", "bytes that a request may have", type=int, metavar="BYTES")
     add(load, "--drain-seconds", "how long calls may go on after SIGTERM, and a replaced model", type=float)
     add(load, "--max-connection-age", "seconds after which clients connect anew; 0: never", type=float)
 

@@ -46,6 +46,11 @@ class Limits:
     min_image_side: int = 8
     max_request_pixels: int = 2**28
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 1 <= value < 2**31:  # gRPC counts in 32 bits
+                raise ValueError(f"{name} must be 1 to {2**31 - 1:,}, not {value}")
+
     def to_proto(self) -> pb.Limits:
         """The message of the same fields."""
         return pb.Limits(**dataclasses.asdict(self))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -69,6 +70,8 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
         add_to_server(adapter, health_servicer, server)
         stopped = stop_signal(again_ends=config.workers == 1)
         await say_serving(health_servicer)
+        gc.collect()
+        gc.freeze()  # what is here stays: the collector need not look at it under load
         await server.start()
         with _reloading(config, models, core):
             ready(address, start_lines(health_address, metrics_url, [model.line for model in models.live()]))

@@ -38,7 +38,7 @@ def test_sigterm_under_load_answers_every_call_and_exits_0(start_server) -> None
         grpc.insecure_channel(server.address) as channel,
     ):
         stub = pb_grpc.EmbeddingServiceStub(channel)
-        calls = [stub.Embed.future(request, timeout=60) for _ in range(40)]
+        calls = [stub.Embed.future(request, timeout=300) for _ in range(40)]
         assert calls[0].result().codes.count == 256
         status, errors = server.stop()
         assert status == 0, errors
@@ -127,6 +127,24 @@ def test_flags_have_environment_variables_and_win(start_server, bundle_copy: Pat
     with start_server(environment=environment) as server, grpc.insecure_channel(server.address) as channel:
         reply = pb_grpc.EmbeddingServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=30)
         assert reply.runtime == "torch-cpu"
+
+
+def test_a_variable_that_is_no_number_is_named() -> None:
+    done = serve(MATVAE_PORT="abc")
+    assert done.returncode == 2
+    assert "MATVAE_PORT must be a number, not 'abc'" in done.stderr
+
+
+def test_limits_are_set_published_and_kept(start_server) -> None:
+    one = pb.EmbedRequest(raw=pb.RawImages(pixels=bytes(784 * 3), shape=(3, 28, 28, 1)))
+    with (
+        start_server("--max-images-per-request", "2") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = pb_grpc.EmbeddingServiceStub(channel)
+        assert stub.GetModel(pb.GetModelRequest(), timeout=30).limits.max_images_per_request == 2
+        with pytest.raises(grpc.RpcError, match="3 images in one request; the limit is 2"):
+            stub.Embed(one, timeout=30)
 
 
 def test_a_port_in_use_is_said(server) -> None:

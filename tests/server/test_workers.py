@@ -9,6 +9,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -317,19 +318,31 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_check_tells_what_would_be_served_and_listens_to_nothing() -> None:
-    done = serve("--check", "--workers", "3", "--max-queue", "300")
+    done = serve("--check", "--workers", "3", "--max-queue", "300", "--port", "0", "--max-message-bytes", "2000000")
     assert done.returncode == 0, done.stderr
     assert "model fashion-mnist, 128 dimensions" in done.stdout
     assert re.search(r"batches of up to 64 in [\d.]+ ms .*; queue of 300 images", done.stdout)
-    assert "would listen on 127.0.0.1:50051 with 3 workers" in done.stdout
+    assert "would listen on 127.0.0.1:0 with 3 workers" in done.stdout
+    assert "2,000,000 bytes a request" in done.stdout
     assert "ready" not in done.stdout
 
 
 def test_check_refuses_what_a_start_would_refuse(bundle_copy: Path) -> None:
     (bundle_copy / "decoder.onnx").write_bytes(b"")
-    done = serve("--check", "--bundle", str(bundle_copy))
+    done = serve("--check", "--bundle", str(bundle_copy), "--port", "0")
     assert (done.returncode, done.stdout) == (1, "")
     assert "decoder.onnx" in done.stderr
+
+
+def test_check_tries_the_ports_and_tells_of_more_threads_than_cores() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = serve("--check", "--port", "0", "--metrics-port", port)
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "--metrics-port" in done.stderr
+    wide = str(os.cpu_count() or 1)
+    assert "note: workers x threads are" in serve("--check", "--port", "0", "--workers", "2", "--threads", wide).stdout
 
 
 def test_measure_prints_the_encoders_rates() -> None:
