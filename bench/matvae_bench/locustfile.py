@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import gevent
 from locust import events
 from locust.runners import WorkerRunner
 
@@ -67,6 +68,7 @@ def _watch(environment: Any, **_: object) -> None:
     environment.events.test_start.add_listener(ask)
     environment.events.test_stop.add_listener(judge)
     environment.events.quitting.add_listener(stop)
+    gevent.sleep(0)  # brings gevent's clock up to date, or --run-time would include what the imports took
 
 
 def _tell(environment: Any, results: dict[str, Any]) -> None:
@@ -82,5 +84,5 @@ def _tell(environment: Any, results: dict[str, Any]) -> None:
         environment.process_exit_code = 1
 
 
-events.init_command_line_parser.add_listener(_add_options)
-events.init.add_listener(_watch)
+events.init_command_line_parser.add_listener(_add_options)  # type: ignore[no-untyped-call]
+events.init.add_listener(_watch)  # type: ignore[no-untyped-call]

@@ -16,9 +16,9 @@ from matvae_bench.images import LabelledImages
 
 EMBED = "/matvae.v1.EmbeddingService/Embed"
 
-# The last two are gRPC's own, of what is no message.
 _JPEG_QUALITY = 95
 
+# The last two are gRPC's own, of what is no message.
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
 
