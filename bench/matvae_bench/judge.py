@@ -107,8 +107,10 @@ class Reference:
             "images": len(positions),
             "wrong": int((~right.reshape(-1, kind.batch).all(axis=1)).sum()),
         }
-        # What is not a number has no neighbours.
-        return checked | (self._labels(kind, codes, positions) if np.isfinite(values).all() else {})
+        if not np.isfinite(values).all():
+            return checked  # what is not a number has no neighbours
+        with np.errstate(over="ignore", invalid="ignore"):  # wrong codes may be of any size
+            return checked | self._labels(kind, codes, positions)
 
     def _labels(self, kind: Kind, codes: Codes, positions: npt.NDArray[np.int64]) -> dict[str, Any]:
         """Accuracy of kNN in the sample's gallery, by these codes and by those expected; and by a head that the server

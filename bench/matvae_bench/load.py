@@ -21,7 +21,6 @@ from typing import Any
 import gevent
 from gevent.event import Event
 from locust.env import Environment
-from locust.runners import MasterRunner
 
 from matvae_bench import kinds, load_users
 from matvae_bench.errors import BenchmarkError
@@ -97,14 +96,12 @@ def _told(settings: Settings, reference: Reference, results: dict[str, Any]) -> 
 
 def _once(runner: Any, watch: Watch, settings: Settings, interrupted: Event) -> dict[str, Any]:
     """Start the users, let them work, stop them; the results."""
-    if isinstance(runner, MasterRunner):
-        runner.start(settings.users, spawn_rate=settings.users)
-    else:
-        runner.start(settings.users, spawn_rate=settings.users)
+    runner.start(settings.users, spawn_rate=settings.users)
+    if runner.spawning_greenlet:  # a master has none, and has waited
         gevent.wait([runner.spawning_greenlet])
     warn(f"{settings.users} users are loading {settings.target} for {settings.seconds:g} s")
     end = time.perf_counter() + settings.seconds
-    while not interrupted.is_set() and not runner.exceptions and (left := end - time.perf_counter()) > 0:
+    while not (interrupted.is_set() or runner.exceptions or watch.gone) and (left := end - time.perf_counter()) > 0:
         interrupted.wait(min(left, 0.2))
     runner.stop()
     if interrupted.is_set():

@@ -1,4 +1,4 @@
-"""The commands `overload`, `throughput`, `features`, `soak` and `cross-check`: what they measure is in modules of these names."""
+"""The commands `overload`, `throughput`, `features`, `soak`, `cross-check`; each measures in a module of its name."""
 
 from __future__ import annotations
 

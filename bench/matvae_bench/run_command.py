@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -91,7 +92,11 @@ def _hand_over(options: argparse.Namespace) -> None:
         for name, value in settings:
             command += [flag, f"{name}={value}" if name else value]
     if options.processes:
-        command += ["--processes", str(options.processes)]
+        with socket.socket() as free:  # locust's own choice is always the same one, which another run may have
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command += ["--processes", str(options.processes), "--master-port", port]
+        command += ["--master-bind-host", "127.0.0.1", "--master-bind-port", port]
     if options.master:
         command += ["--master", "--expect-workers", str(options.master)]
         command += ["--master-bind-host", options.master_host, "--master-bind-port", str(options.master_port)]

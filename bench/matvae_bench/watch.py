@@ -14,7 +14,7 @@ from typing import Any
 
 import gevent
 from grpc.experimental import gevent as grpc_gevent
-from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
+from locust.runners import MasterRunner, WorkerRunner
 
 from matvae_bench import kinds, load_users
 from matvae_bench.errors import BenchmarkError
@@ -24,6 +24,8 @@ from matvae_client import Credentials, EmbeddingClient
 
 _BEGIN, _COLLECT, _FINAL = "matvae_begin", "matvae_collect", "matvae_final"
 _LAST_REPORTS_SECONDS = 60.0
+_SILENT_BEATS = -3
+"""Locust counts down by one a second from 3, and misses a worker below 0: on a busy machine that is not yet dead."""
 
 
 class Watch:
@@ -132,7 +134,7 @@ class Watch:
         if self._missing():
             self._runner.send_message(_COLLECT, {"run": self._run})
         deadline = time.monotonic() + _LAST_REPORTS_SECONDS
-        while self._missing() & set(self._alive()) and time.monotonic() < deadline:
+        while self._missing() - self.gone and time.monotonic() < deadline:
             gevent.sleep(0.02)
         if missing := len(self._missing()):
             raise BenchmarkError(f"{missing} of {len(self._workers)} workers went away during the run")
@@ -140,8 +142,13 @@ class Watch:
     def _missing(self) -> set[str]:
         return self._workers - self._reported
 
-    def _alive(self) -> list[str]:
-        return [name for name, node in self._runner.clients.items() if node.state != STATE_MISSING]
+    @property
+    def gone(self) -> set[str]:
+        """The workers of the run that have given no sign for so long that they will give none."""
+        if not isinstance(self._runner, MasterRunner):
+            return set()
+        clients = self._runner.clients  # of which those that say goodbye are struck off
+        return {name for name in self._workers if name not in clients or clients[name].heartbeat < _SILENT_BEATS}
 
     def _take_report(self, data: dict[str, Any], **_: object) -> None:
         self._add(data.get("matvae"))
