@@ -281,6 +281,26 @@ def test_a_server_that_lies_always_is_found_by_the_labels(server, images) -> Non
     assert re.search(r"^station: the mlp head is right on .* %", complaint("station", checked) or "")
 
 
+def test_a_run_in_which_no_request_ends_fails(server, tmp_path: Path) -> None:
+    stopped = threading.Event()
+
+    def mute(request: pb.EmbedRequest, reply: pb.EmbedResponse, context: grpc.ServicerContext) -> None:
+        if request.dimensions == SENSOR.dimensions:
+            stopped.wait()
+
+    others = [f"--share={name}=0" for name in KINDS if name != "sensor"]
+    with proxy(server.address, mute) as address:
+        try:
+            load = ("--server", address, "--users", "1", "--seconds", "0.2")
+            done, results = run(*load, *others, out=tmp_path / "run.json")
+        finally:
+            stopped.set()
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("matvae-bench: nothing was measured")
+    assert "Traceback" not in done.stderr
+    assert (done.stdout, results) == ("", {})
+
+
 # Several processes.
 
 
@@ -291,7 +311,7 @@ def test_workers_report_failures_by_status_and_wrong_codes(server, tmp_path: Pat
         flip_phones(request, reply, context)
 
     with proxy(server.address, alter) as address:
-        load = ("--server", address, "--users", "8", "--seconds", "1", "--processes", "2")
+        load = ("--server", address, "--users", "8", "--seconds", "2", "--processes", "2")
         shares = ("--share=sensor=1", "--share=phone=1", "--share=desktop=1", "--share=station=1", "--share=loader=0")
         done, results = run(*load, *shares, "--format=desktop=jpeg", out=tmp_path / "run.json")
     assert done.returncode == 1, done.stderr
