@@ -61,8 +61,8 @@ def run(settings: Settings) -> tuple[list[dict[str, Any]], list[str]]:
     else than a status or a worker goes away, and KeyboardInterrupt, once the users have stopped, after Ctrl-C.
     """
     chosen = kinds.chosen(settings.shares, settings.forms)
-    # As locust's own command line would hold them; `enable_rebalancing` is what its master asks for.
-    options = argparse.Namespace(share=settings.shares, format=settings.forms, enable_rebalancing=False)
+    # As locust's own command line would hold them; the last two are what its master asks for.
+    options = argparse.Namespace(share=settings.shares, format=settings.forms, enable_rebalancing=False, headless=False)
     environment = Environment(
         user_classes=load_users.sharing(chosen), host=settings.target, parsed_options=options, stop_timeout=0.0
     )
@@ -113,13 +113,18 @@ def _once(runner: Any, watch: Watch, settings: Settings, interrupted: Event) -> 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Event]:
-    """Ctrl-C sets an event: a KeyboardInterrupt would strike whichever greenlet runs, and end in its traceback."""
+    """Ctrl-C sets an event: a KeyboardInterrupt would strike whichever greenlet runs, and end in its traceback.
+
+    So does SIGTERM, because a master that just ended would leave its workers loading for a minute.
+    """
     interrupted = Event()
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda *_: interrupted.set()) for number in signals]
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

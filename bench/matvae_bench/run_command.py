@@ -160,4 +160,5 @@ def _print_checked(summary: dict[str, Any]) -> None:
             accuracies = [percent(checked, key) for key in ("knn", "knn_expected", "accuracy", "card")]
             rows.append((name, f"{checked['replies']:,}", f"{checked['images']:,}", str(checked["wrong"]), *accuracies))
     headings = ("users", "replies", "images", "wrong", "kNN %", "kNN % expected", "head %", "card %")
-    print_table("a sample of the codes, compared with separate calls, and scored by the images' labels", headings, rows)
+    if rows:
+        print_table("a sample of the codes, compared with separate calls, scored by labels", headings, rows)
