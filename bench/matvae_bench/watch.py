@@ -46,8 +46,6 @@ class Watch:
         self._reported: set[str] = set()
         events = environment.events
         events.request.add_listener(self._note)
-        if not isinstance(self._runner, MasterRunner):
-            events.test_start.add_listener(self._encode)
         if isinstance(self._runner, WorkerRunner):
             self._runner.register_message(_BEGIN, self._begin_as_told)
             self._runner.register_message(_COLLECT, self._send_final)
@@ -111,12 +109,6 @@ class Watch:
             rows=codes.rows,
             chance=context["chance"],
         )
-
-    def _encode(self, **_: object) -> None:
-        """Before there are users, whose first requests would wait for it."""
-        for kind in self._kinds():
-            if kind.share:
-                load_users.images(kind.form)
 
     # In the process that measures: alone, or the master.
 
