@@ -76,7 +76,7 @@ def measure(
 
     Each precision is embedded once at full length and truncated here, which by contract equals asking for the prefix.
     """
-    _search_on_one_thread()
+    search_on_one_thread()
     card = client.model()
     for precision in precisions:
         gallery = client.embed(images.gallery_images, precision=precision)
@@ -104,7 +104,7 @@ def baselines(client: EmbeddingClient, images: LabelledImages) -> Iterator[Score
 
     Both are fitted on the gallery, which our own encoder never needs: an advantage that they keep.
     """
-    _search_on_one_thread()
+    search_on_one_thread()
     card = client.model()
     yield from _pixel_pca(images, card.prefixes, len(card.classes))
     yield from _product_quantisation(
@@ -115,7 +115,7 @@ def baselines(client: EmbeddingClient, images: LabelledImages) -> Iterator[Score
     )
 
 
-def _search_on_one_thread() -> None:
+def search_on_one_thread() -> None:
     """FAISS's threads wait by spinning, which on a busy machine of few cores costs ten times what they gain."""
     import faiss
 

@@ -7,20 +7,20 @@ import dataclasses
 import importlib.util
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matvae_bench import classification, load_commands
-from matvae_bench.arguments import duration, whole_number
+from matvae_bench import classification, load_commands, run_command
+from matvae_bench.arguments import whole_number
 from matvae_bench.errors import BenchmarkError
-from matvae_bench.output import print_table, save, spread
+from matvae_bench.output import print_table, save
 
 _EXAMPLES = """\
 examples:
   matvae-bench demo                                    server, client and real images, in under a minute
   matvae-bench run --users 9 --seconds 5               locust, headless, against a server on localhost:50051
+  matvae-bench run --web                               the same with locust's web page
   matvae-bench accuracy                                accuracy per prefix and precision on the packaged sample
   matvae-bench accuracy --data-root DIR --baselines    the same on 60,000 + 10,000 images, beside PCA and PQ
   matvae-bench cascade --data-root DIR                 8 dimensions where they are sure, longer prefixes where not
@@ -30,6 +30,7 @@ examples:
   matvae-bench overload --plot overload.svg            goodput and latency at up to three times the saturating load
   matvae-bench features                                what tokens, TLS, metrics and the access log cost
   matvae-bench soak --minutes 10                       mixed requests, and what becomes of the server's memory
+  matvae-bench cross-check                             locust's users beside h2load, the same load
   matvae-bench client-cost                             what installing and running the client alone costs
 """
 
@@ -63,35 +64,6 @@ def _demo(options: argparse.Namespace) -> None:
     from matvae_bench import demo
 
     demo.run(options.out)
-
-
-def _run(options: argparse.Namespace) -> None:
-    from matvae_bench import load
-
-    runs = [load.run(options.server, users=options.users, seconds=options.seconds) for _ in range(options.repeats)]
-    summary = load.summarise(runs)
-    served = runs[0]["served"]
-    if any(run["served"] != served for run in runs):
-        raise BenchmarkError(f"{options.server} served one model and then another: the runs cannot be compared")
-    rows = [
-        (
-            name,
-            f"{profile['requests']:,}",
-            spread(profile["images_per_second"], 0),
-            *(spread(profile[key], 2) for key in ("p50_ms", "p95_ms", "p99_ms")),
-            f"{profile['code_bytes_per_image']:.0f}",
-            ", ".join(f"{code} {count}" for code, count in profile["failures"].items()) or "none",
-        )
-        for name, profile in summary.items()
-    ]
-    headings = ("users", "requests", "images/s", "p50 ms", "p95 ms", "p99 ms", "code bytes/image", "failures")
-    title = (
-        f"{served['name']} ({served['fingerprint'][:12]}) on {served['runtime']} {served['compute_precision']}: "
-        f"{options.users} users, closed loop, {len(runs)} x {options.seconds:g} s, mean ± standard deviation"
-    )
-    print_table(title, headings, rows)
-    out = options.out or Path("bench-results") / f"load-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    save(out, {"served": served, "summary": summary, "runs": runs})
 
 
 def _accuracy(options: argparse.Namespace) -> None:
@@ -221,15 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = add("demo", _demo, "the main job, end to end: real server, constrained client, real images", "matplotlib")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the picture (default demo)")
 
-    run = add("run", _run, "load a running server with locust users of several kinds", "locust")
-    add_server(run)
-    run.add_argument("--users", type=whole_number(1), default=9, help="how many, shared out 3:3:2:1 (default 9)")
-    run.add_argument("--seconds", type=duration, default=5, help="how long a run takes (default 5)")
-    run.add_argument("--repeats", type=whole_number(1), default=3, help="how many times (default 3)")
-    run.add_argument(
-        "--out", type=Path, help="JSON file for the results (default bench-results/load-DATE.json, DATE to the second)"
-    )
-
+    run_command.add_commands(add, add_server)
     accuracy = add("accuracy", _accuracy, "accuracy per prefix and precision, through a running server")
     add_server(accuracy)
     add_data(accuracy)

@@ -1,173 +1,182 @@
-"""Load: locust users who ask for different dimensions, precisions and batch sizes.
+"""`matvae-bench run`: locust without its page, alone or as a master with workers in other processes.
 
-`matvae-bench run` drives it headless; `locust -f` on this file gives locust's own web page. gRPC is made
-gevent-friendly before any channel exists, as locust documents; each user waits for its answer before it asks again
-(a closed loop).
+gRPC is made gevent-friendly before any channel exists, as locust documents; each user waits for its answer before it
+asks again (a closed loop). `locust -f` on `locustfile.py` gives locust's own page and command line.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import signal
+import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-# locust patches the standard library for gevent when it is imported, so it comes first.
+# locust patches the standard library for gevent when it is imported, so it comes before the rest.
 import gevent
-import locust
-import numpy as np
 from gevent.event import Event
-from grpc.experimental import gevent as grpc_gevent
 from locust.env import Environment
 
+from matvae_bench import kinds, load_users
 from matvae_bench.errors import BenchmarkError
-from matvae_bench.images import LabelledImages
-from matvae_client import Credentials, EmbeddingClient, MatvaeError
+from matvae_bench.judge import Reference
+from matvae_bench.watch import Watch, warn
 
-grpc_gevent.init_gevent()
-
-_IMAGES = LabelledImages.sample().query_images
-
-
-class EmbeddingUser(locust.User):
-    """Embeds the next `batch` images of the sample, again and again."""
-
-    abstract = True
-    dimensions: int
-    precision: str
-    batch: int
-
-    def on_start(self) -> None:
-        """Make a client of one's own; it connects with the first call."""
-        self.client = EmbeddingClient(self.host or "localhost:50051", credentials=Credentials.from_environment())
-        self.position = 0
-
-    def on_stop(self) -> None:
-        """Disconnect."""
-        self.client.close()
-
-    @locust.task
-    def embed(self) -> None:
-        """One request, reported to locust with its latency, its reply's bytes and its failure."""
-        images = _IMAGES.take(range(self.position, self.position + self.batch), axis=0, mode="wrap")
-        self.position = (self.position + self.batch) % len(_IMAGES)
-        failure: MatvaeError | None = None
-        size, started = 0, time.perf_counter()
-        try:
-            size = self.client.embed(images, dimensions=self.dimensions, precision=self.precision).nbytes
-        except MatvaeError as error:
-            failure = error
-        self.environment.events.request.fire(
-            request_type="Embed",
-            name=f"{type(self).__name__.lower()}: {self.batch} x {self.dimensions}-d {self.precision}",
-            response_time=(time.perf_counter() - started) * 1000,
-            response_length=size,
-            exception=failure,
-            context={"images": self.batch},
-        )
+_WORKER_SECONDS = 60.0
+"""How long workers of our own may take to come; those of others are waited for without an end."""
+_GOODBYE_SECONDS = 10.0
 
 
-class Sensor(EmbeddingUser):
-    """A sensor that can afford two bytes an image."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`users` share out by `shares`; see `kinds` for those and for `forms`.
 
-    weight, dimensions, precision, batch = 3, 2, "int8", 1
-
-
-class Phone(EmbeddingUser):
-    """A phone with 32 bytes an image."""
-
-    weight, dimensions, precision, batch = 3, 32, "int8", 1
-
-
-class Desktop(EmbeddingUser):
-    """A desktop that takes the whole code of a handful of images."""
-
-    weight, dimensions, precision, batch = 2, 128, "float32", 16
-
-
-class Loader(EmbeddingUser):
-    """A bulk loader that fills a binary index."""
-
-    weight, dimensions, precision, batch = 1, 128, "binary", 128
-
-
-SERVED = ("name", "fingerprint", "runtime", "compute_precision")
-USERS = (Sensor, Phone, Desktop, Loader)
-
-
-@dataclasses.dataclass
-class _Tally:
-    latencies: list[float] = dataclasses.field(default_factory=list)
-    images: int = 0
-    bytes: int = 0
-    failures: Counter[str] = dataclasses.field(default_factory=Counter)
-
-    def summary(self, seconds: float) -> dict[str, Any]:
-        p50, p95, p99 = np.percentile(self.latencies, (50, 95, 99)).tolist() if self.latencies else (0.0, 0.0, 0.0)
-        return {
-            "requests": len(self.latencies) + self.failures.total(),
-            "images_per_second": self.images / seconds,
-            "p50_ms": p50,
-            "p95_ms": p95,
-            "p99_ms": p99,
-            "code_bytes_per_image": self.bytes / max(1, self.images),
-            "failures": dict(self.failures),
-        }
-
-
-def run(target: str, *, users: int, seconds: float) -> dict[str, Any]:
-    """Load the server at `target` for that long; rates, latencies of the answered requests, and failures by status.
-
-    `served` is what its card says of the model and of what computes it: whose numbers these are.
-
-    Latencies are kept one by one, because locust rounds its own to milliseconds. Raises MatvaeError where no server
-    answers before the load begins, BenchmarkError where a user fails with anything else than a status, and
-    KeyboardInterrupt, once the users have stopped, after Ctrl-C.
+    `processes` are workers that this one starts; `expect_workers` come from elsewhere to `bind`, a (host, port) of
+    which port 0 is any free one. With neither, the users run here.
     """
-    with EmbeddingClient(target, credentials=Credentials.from_environment()) as client:
-        card = client.model()
-    served = {name: getattr(card, name) for name in SERVED}
-    tallies: defaultdict[str, _Tally] = defaultdict(_Tally)
 
-    def note(
-        name: str, response_time: float, response_length: int, exception: object, context: Any, **_: object
-    ) -> None:
-        for tally in (tallies[name], tallies["all"]):
-            if exception is None:
-                tally.latencies.append(response_time)
-                tally.images += context["images"]
-                tally.bytes += response_length
-            else:
-                code = getattr(exception, "code", None)
-                tally.failures[code.name if code else type(exception).__name__] += 1
+    target: str
+    users: int
+    seconds: float
+    repeats: int = 1
+    shares: Sequence[kinds.Setting] = ()
+    forms: Sequence[kinds.Setting] = ()
+    processes: int = 0
+    expect_workers: int = 0
+    bind: tuple[str, int] = ("127.0.0.1", 0)
 
-    environment = Environment(user_classes=list(USERS), host=target)
-    environment.events.request.add_listener(note)  # type: ignore[no-untyped-call]
-    broken, interrupted = Event(), Event()
-    environment.events.user_error.add_listener(lambda **_: broken.set())  # type: ignore[no-untyped-call]
-    # A KeyboardInterrupt would strike whichever greenlet runs, which is some user's; each would end in a traceback.
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        runner = environment.create_local_runner()
-        runner.start(users, spawn_rate=users)
+
+def run(settings: Settings) -> tuple[list[dict[str, Any]], list[str]]:
+    """Load the server `repeats` times; each time's results, and complaints about wrong codes: none where all are right.
+
+    Results hold rates, latencies of the answered requests, failures by status, and what the sampled codes were found
+    to be. `served` is what the server's card says of the model and of what computes it: whose numbers these are.
+
+    Raises MatvaeError where no server answers before the load begins, BenchmarkError where a user fails with anything
+    else than a status or a worker goes away, and KeyboardInterrupt, once the users have stopped, after Ctrl-C.
+    """
+    chosen = kinds.chosen(settings.shares, settings.forms)
+    # As locust's own command line would hold them; the last two are what its master asks for.
+    options = argparse.Namespace(share=settings.shares, format=settings.forms, enable_rebalancing=False, headless=False)
+    environment = Environment(
+        user_classes=load_users.sharing(chosen), host=settings.target, parsed_options=options, stop_timeout=0.0
+    )
+    workers = settings.processes or settings.expect_workers
+    runner: Any = environment.create_master_runner(*settings.bind) if workers else environment.create_local_runner()
+    watch = Watch(environment)
+    runs, complaints = [], []
+    reference = watch.ask()
+    with _interruptible() as interrupted, contextlib.ExitStack() as stack:
+        children: list[subprocess.Popen[bytes]] = []
+        if workers:
+            host, port = settings.bind[0], runner.server.port
+            warn(f"master on {host}:{port} waits for {workers} workers")
+            children += [stack.enter_context(_worker(host, port)) for _ in range(settings.processes)]
+        stack.callback(runner.quit)  # tells the workers to end, before they are waited for
+        for number in range(settings.repeats):
+            if number:
+                reference = watch.ask()
+            if workers:
+                _wait_for_workers(runner, workers, children, interrupted)
+            results = _once(runner, watch, settings, interrupted)
+            complaints += results.pop("complaints")
+            runs.append(_told(settings, reference, results))
+    return runs, complaints
+
+
+def _told(settings: Settings, reference: Reference, results: dict[str, Any]) -> dict[str, Any]:
+    first = {"target": settings.target, "served": reference.served, "users": settings.users}
+    return first | ({"workers": n} if (n := settings.processes or settings.expect_workers) else {}) | results
+
+
+def _once(runner: Any, watch: Watch, settings: Settings, interrupted: Event) -> dict[str, Any]:
+    """Start the users, let them work, stop them; the results."""
+    runner.start(settings.users, spawn_rate=settings.users)
+    if runner.spawning_greenlet:  # a master has none, and has waited
         gevent.wait([runner.spawning_greenlet])
-        tallies.clear()  # what was sent while users were still connecting
-        print(f"{users} users are loading {target} for {seconds:g} s", file=sys.stderr, flush=True)
-        started = time.perf_counter()
-        gevent.wait([broken, interrupted], timeout=seconds, count=1)
-        elapsed = time.perf_counter() - started
-        results = {name: tally.summary(elapsed) for name, tally in sorted(tallies.items())}
-        runner.quit()
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    warn(f"{settings.users} users are loading {settings.target} for {settings.seconds:g} s")
+    end = time.perf_counter() + settings.seconds
+    while not (interrupted.is_set() or runner.exceptions or watch.gone) and (left := end - time.perf_counter()) > 0:
+        interrupted.wait(min(left, 0.2))
+    runner.stop()
     if interrupted.is_set():
         raise KeyboardInterrupt
     if runner.exceptions:
         raise BenchmarkError(f"a user failed: {next(iter(runner.exceptions.values()))['msg']}")
-    return {"target": target, "served": served, "users": users, "seconds": elapsed, "profiles": results}
+    return watch.results()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Event]:
+    """Ctrl-C sets an event: a KeyboardInterrupt would strike whichever greenlet runs, and end in its traceback.
+
+    So does SIGTERM, because a master that just ended would leave its workers loading for a minute.
+    """
+    interrupted = Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda *_: interrupted.set()) for number in signals]
+    try:
+        yield interrupted
+    finally:
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _worker(host: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker process of our own; ends with its master, and is killed where it does not."""
+    address = ["--master-host", "127.0.0.1" if host == "*" else host, "--master-port", str(port)]
+    command = [sys.executable, "-m", "matvae_bench", "run", "--worker", *address]
+    # In a session of its own, so that Ctrl-C in a terminal reaches the master alone, which then stops all.
+    process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GOODBYE_SECONDS)
+        process.kill()
+        process.wait()
+
+
+def _wait_for_workers(runner: Any, count: int, children: Sequence[subprocess.Popen[bytes]], interrupted: Event) -> None:
+    deadline = time.monotonic() + _WORKER_SECONDS
+    while len(runner.clients.ready) < count:
+        if interrupted.wait(0.05):
+            raise KeyboardInterrupt
+        if any(child.poll() is not None for child in children):
+            raise BenchmarkError("a worker process ended before the load began; what it said stands above")
+        if children and time.monotonic() > deadline:
+            raise BenchmarkError(f"only {len(runner.clients.ready)} of {count} workers came in {_WORKER_SECONDS:g} s")
+
+
+def work(host: str, port: int) -> None:
+    """Be a worker of the master there, until it ends; Ctrl-C says goodbye to it.
+
+    Raises BenchmarkError where no master answers, or the one that did goes away.
+    """
+    environment = Environment(stop_timeout=0.0)
+    environment.user_classes = list(load_users.USERS)  # all, whatever their shares: the master chooses
+    with _interruptible() as interrupted:
+        warn(f"worker of the master on {host}:{port}")
+        joining = gevent.spawn(environment.create_worker_runner, host, port)
+        gevent.wait([joining, interrupted], count=1)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        if not joining.successful():
+            raise BenchmarkError(f"no master answers on {host}:{port}")
+        runner = joining.value
+        Watch(environment)
+        gone = gevent.spawn(runner.greenlet.join)
+        gevent.wait([gone, interrupted], count=1)
+        if interrupted.is_set():
+            environment.events.quitting.fire(environment=environment, reverse=True)  # type: ignore[no-untyped-call]
+            runner.quit()
+            raise KeyboardInterrupt
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -189,4 +198,15 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "code_bytes_per_image": max(profile["code_bytes_per_image"] for profile in profiles),
             "failures": dict(failures),
         } | {key: [profile[key] for profile in profiles] for key in ("images_per_second", "p50_ms", "p95_ms", "p99_ms")}
+        if checked := [profile["checked"] for profile in profiles if "checked" in profile]:
+            summary[name]["checked"] = _add_up(checked)
     return summary
+
+
+def _add_up(checked: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of several runs together, and fractions weighted by their images."""
+    images = sum(one["images"] for one in checked)
+    added: dict[str, Any] = {name: sum(one[name] for one in checked) for name in ("replies", "images", "wrong")}
+    mean: Callable[[str], float] = lambda name: sum(one[name] * one["images"] for one in checked) / images  # noqa: E731
+    added |= {name: mean(name) for name in ("knn", "knn_expected", "accuracy") if all(name in one for one in checked)}
+    return added | {name: checked[0][name] for name in ("head", "card") if name in checked[0]}

@@ -1,4 +1,4 @@
-"""The commands `overload`, `throughput`, `features` and `soak`. What they measure is in the modules of these names."""
+"""The commands `overload`, `throughput`, `features`, `soak`, `cross-check`; each measures in a module of its name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matvae_bench.output import print_markdown, print_table, save
 
 
 def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
-    """Add all four to the parser that `add` adds to."""
+    """Add all five to the parser that `add` adds to."""
     overload = add("overload", _overload, "offer up to three times what saturates a server: goodput, latency, refusals")
     overload.add_argument("--server", metavar="HOST:PORT", help="one that runs (default: one of its own, on one core)")
     overload.add_argument("--images", type=whole_number(1), default=64, help="per request (default 64)")
@@ -50,6 +50,14 @@ def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> Non
     soak.add_argument("--minutes", type=positive, default=10, help="(default 10)")
     soak.add_argument("--load", type=positive, default=0.8, metavar="SHARE", help="of the saturating one (default 0.8)")
     _add_common(soak, serve=True)
+
+    check = add("cross-check", _cross_check, "the same closed loop by locust's users and by h2load, and the ratio")
+    check.add_argument("--server", metavar="HOST:PORT", help="one that runs (default: one of its own)")
+    check.add_argument("--users", type=whole_number(1), default=8, help="and connections of h2load (default 8)")
+    check.add_argument("--seconds", type=duration, default=5, help="how long each loader loads (default 5)")
+    check.add_argument("--repeats", type=whole_number(1), default=3, help="of both (default 3)")
+    check.add_argument("--processes", type=whole_number(1), metavar="N", help="share locust's users out to N processes")
+    _add_common(check)
 
 
 def _add_common(command: argparse.ArgumentParser, *, serve: bool = False) -> None:
@@ -115,6 +123,15 @@ def _soak(options: argparse.Namespace) -> None:
     _show(options, soak, lambda: soak.run(settings, server_flags=options.serve))
 
 
+def _cross_check(options: argparse.Namespace) -> None:
+    from matvae_bench import cross_check
+
+    settings = cross_check.Settings(
+        users=options.users, seconds=options.seconds, repeats=options.repeats, processes=options.processes or 0
+    )
+    _show(options, cross_check, lambda: cross_check.run(settings, target=options.server))
+
+
 def _show(options: argparse.Namespace, module: ModuleType, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Measure, or read what was measured; print the module's tables of it, and save it."""
     if options.earlier:
@@ -122,7 +139,7 @@ def _show(options: argparse.Namespace, module: ModuleType, run: Callable[[], dic
             results: dict[str, Any] = json.loads(options.earlier.read_text())
             tables = module.tables(results)
         except (ValueError, KeyError, TypeError):
-            command = module.__name__.rpartition(".")[2]
+            command = module.__name__.rpartition(".")[2].replace("_", "-")
             raise BenchmarkError(f"{options.earlier} holds no results of matvae-bench {command}") from None
     else:
         results = run()

@@ -16,6 +16,8 @@ from matvae_bench.images import LabelledImages
 
 EMBED = "/matvae.v1.EmbeddingService/Embed"
 
+_JPEG_QUALITY = 95
+
 # The last two are gRPC's own, of what is no message.
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
@@ -91,13 +93,20 @@ def _pixels(images: npt.NDArray[np.uint8]) -> pb.RawImages:
     return pb.RawImages(pixels=images.tobytes(), shape=images.shape)
 
 
-def _encoded(count: int) -> Payload:
+def files(images: npt.NDArray[np.uint8], form: str, *, side: int | None = None) -> list[bytes]:
+    """Grey images (n, height, width, 1) as PNG or JPEG files, scaled to `side` pixels where that is given."""
     from PIL import Image
 
-    files = []
-    for image in _images(count):
-        file = io.BytesIO()
-        Image.fromarray(image[..., 0]).resize((56, 56)).save(file, "png")
-        files.append(file.getvalue())
-    request = pb.EmbedRequest(encoded=pb.EncodedImages(files=files), dimensions=16)
+    encoded = []
+    for pixels in images:
+        image, file = Image.fromarray(pixels[..., 0]), io.BytesIO()
+        (image.resize((side, side)) if side else image).save(
+            file, form, **({"quality": _JPEG_QUALITY} if form == "jpeg" else {})
+        )
+        encoded.append(file.getvalue())
+    return encoded
+
+
+def _encoded(count: int) -> Payload:
+    request = pb.EmbedRequest(encoded=pb.EncodedImages(files=files(_images(count), "png", side=56)), dimensions=16)
     return Payload(name=f"{count} PNG", images=count, data=request.SerializeToString())
