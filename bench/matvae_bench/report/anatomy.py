@@ -11,6 +11,7 @@ A call's parts add up to what its caller waited, so their means do, too.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import threading
@@ -27,7 +28,7 @@ from matvae_bench.errors import BenchmarkError
 from matvae_bench.images import LabelledImages
 from matvae_bench.outcomes import percentiles
 from matvae_bench.output import markdown_table, spread
-from matvae_bench.report.settings import Cell, Results, Section, Settings
+from matvae_bench.report.settings import Cell, Results, Section, Settings, patiently
 from matvae_bench.server_process import ServerProcess
 from matvae_client import EmbeddingClient
 
@@ -78,9 +79,10 @@ def measure(settings: Settings) -> Results:
         for repeat in range(settings.repeats):
             for name, images, dimensions, precision, others in chosen:
                 print(f"{repeat + 1}/{settings.repeats}: {name}", file=sys.stderr, flush=True)
-                measured = _beside(
-                    server.address, settings.seconds, images=images, m=dimensions, precision=precision, others=others
+                cell = functools.partial(
+                    _beside, server.address, images=images, m=dimensions, precision=precision, others=others
                 )
+                measured = patiently(cell, settings.seconds)
                 repeats.setdefault(name, []).append(measured)
     return {
         "loader": closed_loop.loader(),

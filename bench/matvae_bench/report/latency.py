@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from matvae_bench import closed_loop, payloads
 from matvae_bench.output import markdown_table, spread
-from matvae_bench.report.settings import Cell, Results, Section, Settings
+from matvae_bench.report.settings import Cell, Results, Section, Settings, patiently
 from matvae_bench.server_process import ServerProcess
 
 if TYPE_CHECKING:
@@ -38,9 +39,10 @@ def measure(settings: Settings) -> Results:
                 for m in dimensions:
                     payload = payloads.raw(images, dimensions=m)
                     size = payloads.checked_call(server.address, payload).ByteSize()
-                    measured = closed_loop.run(
-                        server.address, payload, in_flight=in_flight, seconds=settings.seconds, reply_bytes=size
+                    load = functools.partial(
+                        closed_loop.run, server.address, payload, in_flight=in_flight, reply_bytes=size
                     )
+                    measured = patiently(load, settings.seconds)
                     repeats.setdefault((m, images, in_flight), []).append(measured | {"reply_bytes": size})
     return {
         "loader": closed_loop.loader(),

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matvae_bench.errors import BenchmarkError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -42,6 +44,19 @@ class Settings:
             "seconds": self.seconds,
             "repeats": self.repeats,
         }
+
+
+def patiently(measure: Callable[..., Results], seconds: float) -> Results:
+    """`measure(seconds=seconds)`; where nothing could be measured in that time, twice again, four times as long each.
+
+    A busy machine may not run a loader and a server at all within a fraction of a second. Raises BenchmarkError.
+    """
+    for longer in (seconds, 4 * seconds):
+        try:
+            return measure(seconds=longer)
+        except BenchmarkError:
+            continue
+    return measure(seconds=16 * seconds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
