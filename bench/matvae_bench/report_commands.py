@@ -22,7 +22,7 @@ def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--bundle",
         action="append",
         metavar="NAME|DIR",
-        help="repeatable; the first is the one that is loaded (default: the packaged one and bundles/*)",
+        help="repeatable; the first is loaded with the sample (default: the packaged one and bundles/*)",
     )
     report.add_argument(
         "--only", action="append", metavar="SECTION", help="measure this one; may be given several times"

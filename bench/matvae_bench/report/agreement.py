@@ -12,14 +12,15 @@ from matvae_bench.report.settings import Cell, Results, Section
 DEVIATIONS = 3.0
 """How many standard deviations of both runs' repeats, pooled, the means may be apart."""
 
-ALLOWED = 0.05
-"""The share of cells that may be further apart: of many, some are by chance."""
+ALLOWED = 0.1
+"""The share of a section's numbers that may be further apart: of many, some are by chance."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
     """A number of both runs that is further apart than `allowed`."""
 
+    section: str
     name: str
     first: float
     second: float
@@ -27,25 +28,33 @@ class Difference:
 
     def __str__(self) -> str:
         apart = abs(self.first - self.second)
-        return f"{self.name}: {self.first:,.4g} and {self.second:,.4g}, {apart:,.3g} apart, allowed {self.allowed:,.3g}"
+        return (
+            f"{self.section}, {self.name}: {self.first:,.4g} and {self.second:,.4g}, {apart:,.3g} apart, "
+            f"allowed {self.allowed:,.3g}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How many numbers were compared, which differ, and which only one run has."""
+    """How many numbers of each section were compared, which differ, and which only one run has."""
 
-    compared: int
+    compared: dict[str, int]
     differences: tuple[Difference, ...]
     missing: tuple[str, ...]
 
+    def differing(self, section: str) -> int:
+        """How many of its numbers are further apart than they may be."""
+        return sum(difference.section == section for difference in self.differences)
+
     @property
     def reached(self) -> bool:
-        """Whether no more differ than may; a run that has other cells does not agree."""
-        return self.compared > 0 and not self.missing and len(self.differences) <= ALLOWED * self.compared
+        """Whether in no section more differ than may; a run that has other numbers does not agree."""
+        few = all(self.differing(name) <= ALLOWED * count for name, count in self.compared.items())
+        return bool(self.compared) and few and not self.missing
 
     def __str__(self) -> str:
-        agree = self.compared - len(self.differences)
-        told = f"{agree} of {self.compared} numbers agree ({100 * (1 - ALLOWED):.0f} % have to)"
+        counts = (f"{name} {count - self.differing(name)} of {count}" for name, count in self.compared.items())
+        told = f"numbers that agree: {', '.join(counts) or 'none'}"
         return told + (f"; {len(self.missing)} are in one run alone" if self.missing else "")
 
 
@@ -53,37 +62,42 @@ def rule() -> str:
     """What agreement means, in words."""
     return (
         f"Two runs agree in a number when their means are at most {DEVIATIONS:g} pooled standard deviations of the "
-        f"repeats apart, or a stated share of the larger mean, whichever is wider; they agree as a whole when at least "
-        f"{100 * (1 - ALLOWED):.0f} % of all numbers do."
+        "repeats apart, or a stated share of the larger mean, whichever is wider. They agree as a whole when in every "
+        f"section at least {100 * (1 - ALLOWED):.0f} % of the numbers do."
     )
 
 
 def compare(sections: Sequence[Section], first: Results, second: Results) -> Agreement:
     """Number by number."""
-    one, two = _cells(sections, first), _cells(sections, second)
-    both = [name for name in one if name in two]
-    differences = [found for name in both if (found := _difference(name, one[name], two[name]))]
-    return Agreement(compared=len(both), differences=tuple(differences), missing=tuple(sorted(one.keys() ^ two.keys())))
+    compared: dict[str, int] = {}
+    differences: list[Difference] = []
+    missing: list[str] = []
+    for section in sections:
+        one, two = (_cells(section, results) for results in (first, second))
+        missing += [f"{section.name}, {name}" for name in sorted(one.keys() ^ two.keys())]
+        if both := [name for name in one if name in two]:
+            compared[section.name] = len(both)
+            differences += [
+                found for name in both if (found := _difference(section.name, name, one[name], two[name])) is not None
+            ]
+    return Agreement(compared=compared, differences=tuple(differences), missing=tuple(missing))
 
 
-def _cells(sections: Sequence[Section], results: Results) -> dict[str, Cell]:
-    return {
-        f"{section.name}: {name}": cell
-        for section in sections
-        if section.source in results
-        for name, cell in section.cells(results[section.source]).items()
-        if cell.values
-    }
+def _cells(section: Section, results: Results) -> dict[str, Cell]:
+    """Those that have a value."""
+    if section.source not in results:
+        return {}
+    return {name: cell for name, cell in section.cells(results[section.source]).items() if cell.values}
 
 
-def _difference(name: str, one: Cell, two: Cell) -> Difference | None:
+def _difference(section: str, name: str, one: Cell, two: Cell) -> Difference | None:
     first, second = statistics.fmean(one.values), statistics.fmean(two.values)
     allowed = max(
         DEVIATIONS * _pooled(one.values, two.values), one.relative * max(abs(first), abs(second)), one.absolute
     )
     if abs(first - second) <= allowed:
         return None
-    return Difference(name=name, first=first, second=second, allowed=allowed)
+    return Difference(section=section, name=name, first=first, second=second, allowed=allowed)
 
 
 def _pooled(*runs: Sequence[float]) -> float:

@@ -124,7 +124,7 @@ def figures(results: Results) -> dict[str, Figure]:
             style = {"color": "#2a9d8f", "linewidth": 6, "alpha": 0.3, "zorder": 0}
             axes.step(x, y, where="post", label="the front of prefixes", **style)
             axes.set(title=f"{bundle['name']}, {title}", ylabel="accuracy")
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="lower right")
     return {"pareto": figure}
 
 

@@ -20,7 +20,7 @@ DIMENSIONS = (2, 8, 32, 128)
 LOADS = ((1, 1), (1, 8), (1, 64), (8, 1), (8, 8), (8, 64), (64, 1), (64, 8))
 """(images a request, requests in flight). 64 x 64 is left out: more than a server's queue holds."""
 
-QUICK = (2, 128), ((1, 1), (1, 8), (8, 8))
+QUICK = (2, 128), ((1, 1), (8, 8))
 MEDIAN, TAIL = 0.15, 0.4
 """How far rates and medians, and 99th percentiles, may be apart between runs whatever their own spread: a share."""
 
@@ -145,7 +145,7 @@ def figures(results: Results) -> dict[str, Figure]:
     panels: Sequence[tuple[str, Callable[[Key], Any], Callable[[Key], str], Callable[[Key], bool]]] = (
         ("dimensions", lambda key: key[0], lambda key: f"{key[1]} x {key[2]}", lambda _key: True),
         ("images a request", lambda key: key[1], lambda key: f"{key[2]} in flight", lambda key: key[0] == longest),
-        ("requests in flight", lambda key: key[2], lambda key: f"{key[1]} images", lambda key: key[0] == longest),
+        ("requests in flight", lambda key: key[2], lambda key: f"{key[1]} a request", lambda key: key[0] == longest),
     )
     for column, (label, at, line, wanted) in enumerate(panels):
         lines: dict[str, list[Key]] = {}
@@ -156,7 +156,9 @@ def figures(results: Results) -> dict[str, Figure]:
         for name, keys in lines.items():
             keys.sort(key=at)
             x = [at(key) for key in keys]
-            drawn = above.errorbar(x, *_means(rates(cells[key]) for key in keys), label=name, marker="o", capsize=2)
+            drawn = above.errorbar(
+                x, *_means(rates(cells[key]) for key in keys), label=name, marker="o", capsize=2, markersize=4
+            )
             style: dict[str, Any] = {"color": drawn[0].get_color(), "marker": "o", "capsize": 2, "markersize": 4}
             for which, dashes in (("p50", "-"), ("p99", ":")):
                 values = _means(latencies(cells[key], which) for key in keys)
@@ -165,8 +167,11 @@ def figures(results: Results) -> dict[str, Figure]:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+            axes.yaxis.set_minor_formatter("")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=6, ncols=2)
+            axes.margins(y=0.3)  # room for the legend
+            axes.legend(fontsize=6, ncols=2, loc="upper left")
         below.set(xlabel=label)
     grid[0][0].set(ylabel="images/s")
     grid[1][0].set(ylabel="ms: p50 solid, p99 dotted")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matvae_bench.output import markdown_table
 from matvae_bench.report import agreement
+from matvae_bench.report.agreement import Agreement
 from matvae_bench.report.settings import Results, Section
 
 READ_ON = {
@@ -76,21 +77,21 @@ def _where(results: Results, links: Links) -> list[str]:
 
 
 def _agreement(sections: Sequence[Section], results: Results, links: Links, second: Results | None) -> str:
-    parts = ["## Does a second run agree?", agreement.rule(), _shares(sections, results)]
-    if second is None:
+    found = agreement.compare(sections, results, second) if second is not None else None
+    parts = ["## Does a second run agree?", agreement.rule(), _shares(sections, results, found)]
+    if found is None or second is None:
         parts.append("No second run was compared with this one: `matvae-bench report --from FILE --against FILE` does.")
         return "\n\n".join(parts)
-    found = agreement.compare(sections, results, second)
     verdict = "The second run agrees" if found.reached else "**The second run does not agree**"
     name = f"[{Path(links.second).name}]({links.second})"
-    parts.append(f"{verdict} ({name}, {second['date']}, `{second['commit']}`): {found}.")
+    parts.append(f"{verdict} ({name}, {second['date']}, `{second['commit']}`); {found}.")
     if found.differences:
         parts.append("Further apart:\n\n" + "\n".join(f"- {difference}" for difference in found.differences))
     return "\n\n".join(parts)
 
 
-def _shares(sections: Sequence[Section], results: Results) -> str:
-    """The stated shares, by section."""
+def _shares(sections: Sequence[Section], results: Results, found: Agreement | None) -> str:
+    """The stated shares, by section, and how many numbers of a second run are further apart."""
     rows = []
     for section in sections:
         if section.source not in results:
@@ -100,8 +101,9 @@ def _shares(sections: Sequence[Section], results: Results) -> str:
         points = sorted({cell.absolute for cell in cells if cell.absolute})
         stated = [f"{100 * share:.0f} %" for share in shares] + [f"{100 * point:.1f} points" for point in points]
         if stated:
-            rows.append((section.title, str(len(cells)), " to ".join(dict.fromkeys((stated[0], stated[-1])))))
-    return markdown_table(("section", "numbers", "stated share"), rows)
+            apart = [str(found.differing(section.name))] if found else []
+            rows.append([section.title, str(len(cells)), " to ".join(dict.fromkeys((stated[0], stated[-1]))), *apart])
+    return markdown_table(["section", "numbers", "stated share", *(["further apart"] if found else [])], rows)
 
 
 def _picture(name: str, links: Links) -> str:

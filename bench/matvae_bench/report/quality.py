@@ -240,7 +240,7 @@ def _figure(bundle: Results) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set(xlabel="dimensions", title=title)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="lower right")
     figure.suptitle(f"{bundle['name']}: what a prefix still knows", fontsize=11)
     return figure
 
