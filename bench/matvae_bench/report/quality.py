@@ -14,7 +14,7 @@ from matvae_bench.images import DATASETS, ImagesError, LabelledImages
 from matvae_bench.machine import core_pair
 from matvae_bench.output import markdown_table
 from matvae_bench.plots import COLOURS
-from matvae_bench.report import seed
+from matvae_bench.report import mat_vae
 from matvae_bench.report.settings import Cell, Results, Section, Settings
 from matvae_bench.server_process import ServerProcess
 from matvae_client import EmbeddingClient
@@ -51,7 +51,12 @@ def measure(settings: Settings) -> Results:
 def _bundle(client: EmbeddingClient, settings: Settings) -> Results:
     card = client.model()
     dataset = card.provenance.get("dataset", "")
-    known: Results = {"name": card.name, "fingerprint": card.fingerprint, "dataset": dataset}
+    known: Results = {
+        "name": card.name,
+        "description": card.description,
+        "fingerprint": card.fingerprint,
+        "dataset": dataset,
+    }
     published = {(metric.name, metric.dimensions, metric.precision): metric for metric in card.metrics}
     images, why = _images(settings, dataset)
     if images is None:
@@ -127,7 +132,7 @@ def text(results: Results) -> str:
     """Each bundle's picture and table."""
     parts = [
         "The head is the bundle's two-layer MLP, kNN votes among the ten nearest, recall@10 says how many of the ten "
-        "nearest by all float32 dimensions are found. No encoder saw a label; heads did. Reference lines: the Mat-VAE "
+        "nearest by all float32 dimensions are found. Heads saw labels. Reference lines: the Mat-VAE "
         "report's classifiers on MMD-VAEs (its tables 8, 15, 22: one Matryoshka model; 4, 12, 19: a model of its own "
         "for every size; means of five folds), PCA of the pixels, PCA of the full code, and product quantisation (PQ) "
         "of the full code at as many bytes as int8 takes. PCA and PQ are fitted on the gallery; a prefix is not. "
@@ -140,7 +145,7 @@ def text(results: Results) -> str:
         )
         parts += [
             f"### {bundle['name']}",
-            f"Fingerprint `{bundle['fingerprint'][:12]}`; from {bundle['source']}.{agrees}",
+            f"{bundle['description']} Fingerprint `{bundle['fingerprint'][:12]}`; from {bundle['source']}.{agrees}",
             f"{{{{quality-{bundle['name']}}}}}",
             _table(bundle),
         ]
@@ -148,7 +153,7 @@ def text(results: Results) -> str:
 
 
 def _table(bundle: Results) -> str:
-    scores, lines = by_key(bundle), seed.curves(bundle["dataset"])
+    scores, lines = by_key(bundle), mat_vae.curves(bundle["dataset"])
     columns: list[tuple[str, tuple[str, str, str]]] = [
         *((f"head {precision}", ("prefix", "mlp", precision)) for precision in ("float32", "int8", "binary")),
         *((f"kNN {precision}", ("prefix", "knn", precision)) for precision in ("float32", "int8", "binary")),
@@ -160,7 +165,7 @@ def _table(bundle: Results) -> str:
         ("recall PQ", ("product-quantisation", accuracy.RECALL, "pq")),
     ]
     columns = [(name, key) for name, key in columns if any((*key[:2], m, key[2]) in scores for m in prefixes(bundle))]
-    headings = ["dimensions", *(f"seed, {name}" for name in lines), *(name for name, _ in columns)]
+    headings = ["dimensions", *(f"Mat-VAE report, {name}" for name in lines), *(name for name, _ in columns)]
     rows = []
     for m in prefixes(bundle):
         cells = [f"{100 * line[m]:.1f}" if m in line else "-" for line in lines.values()]
@@ -177,7 +182,7 @@ def losses(results: Results) -> list[str]:
     for bundle in results["bundles"]:
         scores = by_key(bundle)
         rivals: list[tuple[str, str, dict[int, float]]] = [
-            (f"the seed report's {name}", "mlp", line) for name, line in seed.curves(bundle["dataset"]).items()
+            (f"the Mat-VAE report ({name})", "mlp", line) for name, line in mat_vae.curves(bundle["dataset"]).items()
         ]
         for method, precision, label in (
             ("product-quantisation", "pq", "product quantisation at equal bytes"),
@@ -192,7 +197,7 @@ def losses(results: Results) -> list[str]:
                 }
                 rivals.append((label, metric, line))
         for label, metric, line in rivals:
-            precision = "float32" if label.startswith("the seed") else "int8"
+            precision = "float32" if metric == "mlp" else "int8"
             behind = {
                 m: value - ours["value"]
                 for m, value in line.items()
@@ -232,7 +237,7 @@ def _figure(bundle: Results) -> Figure:
         for method, precision, label, marker in grey:
             _line(axes, scores, method, metric, precision, label=label, color="#777777", marker=marker, linestyle="--")
         if metric == "mlp":
-            for (name, line), style in zip(seed.curves(bundle["dataset"]).items(), (":", "-."), strict=False):
+            for (name, line), style in zip(mat_vae.curves(bundle["dataset"]).items(), (":", "-."), strict=False):
                 label = f"Mat-VAE report, {name}"
                 axes.plot(list(line), list(line.values()), color="black", linestyle=style, marker="x", label=label)
         axes.set_xscale("log", base=2)
