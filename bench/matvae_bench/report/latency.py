@@ -162,7 +162,7 @@ def figures(results: Results) -> dict[str, Figure]:
             style: dict[str, Any] = {"color": drawn[0].get_color(), "marker": "o", "capsize": 2, "markersize": 4}
             for which, dashes in (("p50", "-"), ("p99", ":")):
                 values = _means(latencies(cells[key], which) for key in keys)
-                below.errorbar(x, *values, label=f"{name}, {which}", linestyle=dashes, **style)
+                below.errorbar(x, *values, linestyle=dashes, **style)
         for axes in (above, below):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
@@ -170,8 +170,8 @@ def figures(results: Results) -> dict[str, Figure]:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
             axes.yaxis.set_minor_formatter("")
             axes.grid(alpha=0.3)
-            axes.margins(y=0.3)  # room for the legend
-            axes.legend(fontsize=6, ncols=2, loc="upper left")
+        above.margins(y=0.3)  # room for the legend, which is that of the panel below, too
+        above.legend(fontsize=6, ncols=2, loc="upper left")
         below.set(xlabel=label)
     grid[0][0].set(ylabel="images/s")
     grid[1][0].set(ylabel="ms: p50 solid, p99 dotted")
