@@ -99,7 +99,7 @@ def _beside(target: str, seconds: float, *, images: int, m: int, precision: str,
         payload = payloads.raw(images, dimensions=m, precision=codec.PRECISIONS[precision])
         try:
             closed_loop.run(target, payload, in_flight=others, seconds=seconds)
-        except (BenchmarkError, OSError) as error:
+        except Exception as error:  # whatever it is: the thread that waits for the calls tells it
             failed.append(error)
 
     begin = time.perf_counter() + closed_loop.WARM_UP_SECONDS

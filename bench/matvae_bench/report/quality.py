@@ -61,22 +61,23 @@ def _bundle(client: EmbeddingClient, settings: Settings) -> Results:
     images, why = _images(settings, dataset)
     if images is None:
         scores = [_of_card(metric) for metric in card.metrics]
-        return known | {"source": f"the bundle's card ({why})", "scores": scores, "apart_from_card": None}
+        return known | {"source": f"the bundle's card ({why})", "scores": scores, "apart_from_card": {}}
     heads = sorted({kind for kind, _ in card.heads})
     measured = list(
         accuracy.measure(client, images, precisions=list(codec.PRECISIONS), heads=heads, recall=True)
     ) + list(accuracy.baselines(client, images, recall=True))
-    apart = [
-        abs(score.value - published[key].value)
-        for score in measured
-        if score.method == "prefix" and (key := (score.metric, score.dimensions, score.precision)) in published
-    ]
+    apart: dict[str, float] = {}
+    for score in measured:
+        key = (score.metric, score.dimensions, score.precision)
+        if score.method == "prefix" and key in published:
+            difference = abs(score.value - published[key].value)
+            apart[score.metric] = max(apart.get(score.metric, 0.0), difference)
     return known | {
         "source": f"a live server, {images.source}",
         "gallery": len(images.gallery_images),
         "queries": len(images.query_images),
         "scores": [dataclasses.asdict(score) for score in measured],
-        "apart_from_card": max(apart, default=None),
+        "apart_from_card": apart,
     }
 
 
@@ -139,10 +140,8 @@ def text(results: Results) -> str:
         "Bars are 95 % Wilson intervals."
     ]
     for bundle in results["bundles"]:
-        apart = bundle["apart_from_card"]
-        agrees = (
-            "" if apart is None else f" The largest difference from the card's own numbers is {100 * apart:.2f} points."
-        )
+        apart = ", ".join(f"{name} {100 * by:.2f}" for name, by in bundle["apart_from_card"].items())
+        agrees = f" Largest differences from the card's own numbers, in points: {apart}." if apart else ""
         parts += [
             f"### {bundle['name']}",
             f"{bundle['description']} Fingerprint `{bundle['fingerprint'][:12]}`; from {bundle['source']}.{agrees}",
