@@ -41,7 +41,11 @@ def render(sections: Sequence[Section], results: Results, links: Links, second: 
     parts = ["# Report", *_head(results, links), *_where(results, links)]
     parts.append(_agreement(sections, results, links, second))
     if told := [f"- {loss}" for section in there for loss in section.losses(results[section.source])]:
-        parts += ["## Where it loses", "The command finds these cases in its own numbers; nobody chose them:", "\n".join(told)]
+        parts += [
+            "## Where it loses",
+            "The command finds these cases in its own numbers; nobody chose them:",
+            "\n".join(told),
+        ]
     for section in there:
         text = section.text(results[section.source])
         parts += [f"## {section.title}", _PICTURE.sub(lambda found: _picture(found[1], links), text)]
