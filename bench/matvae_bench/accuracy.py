@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +20,14 @@ from matvae_bench.images import LabelledImages
 from matvae_client import EmbeddingClient, PrefixIndex
 
 K = 10
+RECALL = "recall@10"
+"""How many of the ten nearest by the full float32 code are found, on average."""
+
 _Z95 = 1.959963984540054
 
 Labels = npt.NDArray[np.integer]
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +45,19 @@ class Score:
 
     @classmethod
     def of(
-        cls, hits: npt.NDArray[np.bool_], *, method: str, metric: str, dimensions: int, precision: str, size: int
+        cls,
+        hits: npt.NDArray[np.bool_ | np.float64],
+        *,
+        method: str,
+        metric: str,
+        dimensions: int,
+        precision: str,
+        size: int,
     ) -> Score:
-        """The score of one answer per query, right or wrong."""
+        """The score of one answer per query: right, wrong, or a share of what there was to find.
+
+        A share is a mean of hits that depend on each other, so the interval counts queries, not hits: a wide one.
+        """
         return cls(
             method=method,
             metric=metric,
@@ -50,11 +66,11 @@ class Score:
             bytes_per_vector=size,
             value=float(hits.mean()),
             n=len(hits),
-            interval=wilson(int(hits.sum()), len(hits)),
+            interval=wilson(float(hits.sum()), len(hits)),
         )
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
+def wilson(hits: float, n: int) -> tuple[float, float]:
     """95 % interval of a binomial fraction (Wilson 1927); honest near 0 and 1, unlike the normal one."""
     share, z2 = hits / n, _Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
@@ -69,28 +85,41 @@ def vote(neighbour_labels: Labels, classes: int) -> Labels:
     return np.asarray(counts.argmax(axis=1))
 
 
+def found(ids: npt.NDArray[Any], truth: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Of each query's `truth` (n, k) the share that is among its `ids` (n, k): its recall."""
+    return np.asarray((ids[:, :, None] == truth[:, None, :]).any(axis=2).mean(axis=1), np.float64)
+
+
 def measure(
-    client: EmbeddingClient, images: LabelledImages, *, precisions: Sequence[str], heads: Sequence[str]
+    client: EmbeddingClient,
+    images: LabelledImages,
+    *,
+    precisions: Sequence[str],
+    heads: Sequence[str],
+    recall: bool = False,
 ) -> Iterator[Score]:
-    """kNN and head accuracy for every trained prefix at each precision.
+    """kNN and head accuracy for every trained prefix at each precision; `recall` adds recall@10, as the card has it.
 
     Each precision is embedded once at full length and truncated here, which by contract equals asking for the prefix.
     """
     search_on_one_thread()
     card = client.model()
+    truth = _exact(client, images) if recall else None
     for precision in precisions:
         gallery = client.embed(images.gallery_images, precision=precision)
         queries = client.embed(images.query_images, precision=precision)
         for m in card.prefixes:
             short = queries.truncate(m)
             index = PrefixIndex(gallery.truncate(m))
-            labels = images.gallery_labels[index.search(short, K).ids.astype(np.int64)]
-            answers = {"knn": vote(labels, len(card.classes))}
+            ids = index.search(short, K).ids.astype(np.int64)
+            right = {"knn": vote(images.gallery_labels[ids], len(card.classes)) == images.query_labels}
             for kind in heads:
-                answers[kind] = client.classifier(m, kind=kind).predict(short)
-            for metric, answer in answers.items():
+                right[kind] = client.classifier(m, kind=kind).predict(short) == images.query_labels
+            if truth is not None:
+                right[RECALL] = found(ids, truth)
+            for metric, hits in right.items():
                 yield Score.of(
-                    answer == images.query_labels,
+                    hits,
                     method="prefix",
                     metric=metric,
                     dimensions=m,
@@ -99,20 +128,31 @@ def measure(
                 )
 
 
-def baselines(client: EmbeddingClient, images: LabelledImages) -> Iterator[Score]:
+def baselines(client: EmbeddingClient, images: LabelledImages, *, recall: bool = False) -> Iterator[Score]:
     """kNN accuracy of PCA of the pixels (float32 and int8) and of product quantisation of the full code.
 
-    Both are fitted on the gallery, which our own encoder never needs: an advantage that they keep.
+    With `recall` also PCA of the full code, and recall@10 of what searches codes. All are fitted on the gallery, which
+    our own encoder never needs: an advantage that they keep.
     """
     search_on_one_thread()
     card = client.model()
-    yield from _pixel_pca(images, card.prefixes, len(card.classes))
-    yield from _product_quantisation(
-        np.asarray(client.embed(images.gallery_images)),
-        np.asarray(client.embed(images.query_images)),
-        images,
-        len(card.classes),
+    classes = len(card.classes)
+    stored, asked = (
+        part.reshape(len(part), -1).astype(np.float32) / np.float32(255)
+        for part in (images.gallery_images, images.query_images)
     )
+    yield from _pca(stored, asked, images, card.prefixes, method="pixel-pca", classes=classes)
+    del stored, asked
+    gallery, queries = (np.asarray(client.embed(part)) for part in (images.gallery_images, images.query_images))
+    truth = _exact(client, images) if recall else None
+    if recall:
+        yield from _pca(gallery, queries, images, card.prefixes, method="code-pca", classes=classes, truth=truth)
+    yield from _product_quantisation(gallery, queries, images, classes, truth)
+
+
+def _exact(client: EmbeddingClient, images: LabelledImages) -> Ids:
+    """The ten nearest of each query by the whole float32 code."""
+    return PrefixIndex(client.embed(images.gallery_images)).search(client.embed(images.query_images), K).ids
 
 
 def search_on_one_thread() -> None:
@@ -122,13 +162,20 @@ def search_on_one_thread() -> None:
     faiss.omp_set_num_threads(1)
 
 
-def _pixel_pca(images: LabelledImages, prefixes: Sequence[int], classes: int) -> Iterator[Score]:
+def _pca(
+    gallery: Floats,
+    queries: Floats,
+    images: LabelledImages,
+    prefixes: Sequence[int],
+    *,
+    method: str,
+    classes: int,
+    truth: Ids | None = None,
+) -> Iterator[Score]:
     import faiss
 
-    gallery = images.gallery_images.reshape(len(images.gallery_images), -1).astype(np.float32) / 255
-    queries = images.query_images.reshape(len(images.query_images), -1).astype(np.float32) / 255
     mean = gallery.mean(axis=0)
-    _, vectors = np.linalg.eigh(np.cov(gallery - mean, rowvar=False).astype(np.float64))
+    _, vectors = np.linalg.eigh(_covariance(gallery, mean))
     components = vectors[:, ::-1].astype(np.float32)
     for m in prefixes:
         base = components[:, :m]
@@ -140,12 +187,20 @@ def _pixel_pca(images: LabelledImages, prefixes: Sequence[int], classes: int) ->
             index.train(stored)
             index.add(stored)
             _, ids = index.search(asked, K)
-            hits = vote(images.gallery_labels[ids], classes) == images.query_labels
-            yield Score.of(hits, method="pixel-pca", metric="knn", dimensions=m, precision=precision, size=size)
+            yield from _scores(ids, images, classes, truth, method=method, dimensions=m, precision=precision, size=size)
+
+
+def _covariance(rows: Floats, mean: Floats) -> npt.NDArray[np.float64]:
+    """Of the columns, some rows at a time: a copy of all of them in float64 would take gigabytes."""
+    total = np.zeros((rows.shape[1], rows.shape[1]))
+    for start in range(0, len(rows), 10_000):
+        part = (rows[start : start + 10_000] - mean).astype(np.float64)
+        total += part.T @ part
+    return total / (len(rows) - 1)
 
 
 def _product_quantisation(
-    gallery: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], images: LabelledImages, classes: int
+    gallery: Floats, queries: Floats, images: LabelledImages, classes: int, truth: Ids | None
 ) -> Iterator[Score]:
     import faiss
 
@@ -158,5 +213,15 @@ def _product_quantisation(
         index.train(gallery)
         index.add(gallery)
         _, ids = index.search(queries, K)
-        hits = vote(images.gallery_labels[ids], classes) == images.query_labels
-        yield Score.of(hits, method="product-quantisation", metric="knn", dimensions=full, precision="pq", size=size)
+        yield from _scores(
+            ids, images, classes, truth, method="product-quantisation", dimensions=full, precision="pq", size=size
+        )
+
+
+def _scores(
+    ids: npt.NDArray[np.int64], images: LabelledImages, classes: int, truth: Ids | None, **about: Any
+) -> Iterator[Score]:
+    """kNN accuracy of the neighbours found, and their recall where the truth is known."""
+    yield Score.of(vote(images.gallery_labels[ids], classes) == images.query_labels, metric="knn", **about)
+    if truth is not None:
+        yield Score.of(found(ids, truth), metric=RECALL, **about)

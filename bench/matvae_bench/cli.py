@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matvae_bench import classification, load_commands, run_command
+from matvae_bench import classification, load_commands, report_commands, run_command
 from matvae_bench.arguments import whole_number
 from matvae_bench.errors import BenchmarkError
+from matvae_bench.images import DATASETS
 from matvae_bench.output import print_table, save
 
 _EXAMPLES = """\
@@ -31,6 +32,7 @@ examples:
   matvae-bench features                                what tokens, TLS, metrics and the access log cost
   matvae-bench soak --minutes 10                       mixed requests, and what becomes of the server's memory
   matvae-bench cross-check                             locust's users beside h2load, the same load
+  matvae-bench report --data-root DIR                  all of it in a quarter of an hour: JSON, and a page with plots
   matvae-bench client-cost                             what installing and running the client alone costs
 """
 
@@ -188,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--data-root", type=Path, help="full data set in torchvision's layout (default: the sample)"
         )
-        command.add_argument("--dataset", choices=("fashion-mnist", "mnist"), default="fashion-mnist")
+        command.add_argument("--dataset", choices=DATASETS, default="fashion-mnist")
 
     demo = add("demo", _demo, "the main job, end to end: real server, constrained client, real images", "matplotlib")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the picture (default demo)")
@@ -214,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--plot", type=Path, help="PNG or SVG file for recall against speed")
 
     load_commands.add_commands(add)
+    report_commands.add_command(add)
     cost = add("client-cost", _client_cost, "install the client alone and measure its size, import time and memory")
     cost.add_argument("--project", type=Path, default=Path(), help="the source tree to install from (default .)")
     cost.add_argument("--out", type=Path, help="JSON file for the results")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import io
+import zipfile
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Self
 
 import numpy as np
@@ -17,6 +19,10 @@ import numpy.typing as npt
 from matvae_bench.errors import BenchmarkError
 
 _FOLDERS = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST"}
+_CIFAR10 = "cifar10"
+DATASETS = (*_FOLDERS, _CIFAR10)
+"""What `LabelledImages.from_data_root` reads."""
+
 _IDX_UINT8 = 0x08
 
 
@@ -43,10 +49,13 @@ class LabelledImages:
 
     @classmethod
     def from_data_root(cls, root: Path, dataset: str) -> Self:
-        """The whole training set as the gallery and the whole test set as queries.
+        """The whole training set of one of DATASETS as the gallery and the whole test set as queries.
 
-        Raises ImagesError where a file is missing or is not what its name says.
+        CIFAR-10 is read from `cifar10.zip`: train/<class>/* and test/<class>/*, labels in the order of the classes'
+        names. Raises ImagesError where a file is missing or is not what its name says.
         """
+        if dataset == _CIFAR10:
+            return cls(**_read_zip(root / "cifar10.zip"), source="CIFAR-10 (gallery: training set, queries: test set)")
         folder = root / _FOLDERS[dataset] / "raw"
         arrays = {
             f"{role}_{kind}": _read_idx(folder / f"{prefix}-{kind}-idx{axes}-ubyte")
@@ -68,6 +77,17 @@ class LabelledImages:
             query_images=self.query_images[second],
             query_labels=self.query_labels[second],
             source=f"{gallery} + {queries} of the test images of {self.source}",
+        )
+
+    def head(self, *, gallery: int, queries: int) -> Self:
+        """The first so many images of each role."""
+        return dataclasses.replace(
+            self,
+            gallery_images=self.gallery_images[:gallery],
+            gallery_labels=self.gallery_labels[:gallery],
+            query_images=self.query_images[:queries],
+            query_labels=self.query_labels[:queries],
+            source=f"the first {gallery} + {queries} of {self.source}",
         )
 
     def save(self, path: Path) -> None:
@@ -96,3 +116,23 @@ def _read_idx(path: Path) -> npt.NDArray[np.uint8]:
     if len(data) != np.prod(shape, dtype=np.int64):
         raise ImagesError(f"{path} holds {len(data)} bytes, its header says {shape.tolist()}")
     return data.reshape(shape)
+
+
+def _read_zip(path: Path) -> dict[str, npt.NDArray[np.uint8]]:
+    """The arrays of a zip of train/<class>/* and test/<class>/*, all images of one shape."""
+    from PIL import Image
+
+    arrays: dict[str, npt.NDArray[np.uint8]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(name for name in archive.namelist() if len(PurePosixPath(name).parts) == 3)
+            classes = sorted({PurePosixPath(name).parts[1] for name in names})
+            for role, split in (("gallery", "train"), ("query", "test")):
+                files = [name for name in names if name.startswith(f"{split}/") and not name.endswith("/")]
+                pixels = [np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for name in files]
+                labels = [classes.index(PurePosixPath(name).parts[1]) for name in files]
+                arrays[f"{role}_images"] = np.stack(pixels)
+                arrays[f"{role}_labels"] = np.array(labels, np.uint8)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ImagesError(f"cannot read {path} as train/<class>/* and test/<class>/*: {error}") from None
+    return arrays

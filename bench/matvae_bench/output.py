@@ -29,8 +29,13 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
 
 def print_markdown(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The same as Markdown, for the documentation."""
+    print(f"{title}:\n\n{markdown_table(headings, rows)}\n")
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The lines of a table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
-    print(f"{title}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def known(value: float | None, form: str) -> str:

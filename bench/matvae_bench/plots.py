@@ -11,7 +11,7 @@ from matvae_bench.accuracy import Score
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = {"float32": "#1b4965", "float16": "#5fa8d3", "int8": "#d1495b", "binary": "#edae49"}
+COLOURS = {"float32": "#1b4965", "float16": "#5fa8d3", "int8": "#d1495b", "binary": "#edae49"}
 _FEWEST_MISSES = 1e-4  # where an exact search stands on an axis of misses
 
 
@@ -21,12 +21,23 @@ def accuracy_against_bytes(scores: Sequence[Score], path: Path, *, title: str) -
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import PercentFormatter
 
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    knn = [score for score in scores if score.metric == "knn"]
-    for precision, colour in _COLOURS.items():
-        line = [score for score in knn if score.method == "prefix" and score.precision == precision]
+    accuracy_by_bytes(axes, scores)
+    axes.set(ylabel="kNN accuracy (k = 10)", title=title)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def accuracy_by_bytes(axes: Axes, scores: Sequence[Score], *, metric: str = "knn") -> None:
+    """The lines of `accuracy_against_bytes`, of one metric, on axes of the caller's."""
+    from matplotlib.ticker import PercentFormatter
+
+    chosen = [score for score in scores if score.metric == metric]
+    for precision, colour in COLOURS.items():
+        line = [score for score in chosen if score.method == "prefix" and score.precision == precision]
         if line:
             _draw(axes, line, label=f"prefix, {precision}", color=colour, marker="o")
             if precision in ("float32", "binary"):
@@ -42,21 +53,18 @@ def accuracy_against_bytes(scores: Sequence[Score], path: Path, *, title: str) -
     for method, precision, label, marker in (
         ("pixel-pca", "float32", "PCA of the pixels, float32", "^"),
         ("pixel-pca", "int8", "PCA of the pixels, int8", "v"),
+        ("code-pca", "int8", "PCA of the full code, int8", "d"),
         ("product-quantisation", "pq", "product quantisation of the full code", "s"),
     ):
-        line = [score for score in knn if (score.method, score.precision) == (method, precision)]
+        line = [score for score in chosen if (score.method, score.precision) == (method, precision)]
         if line:
             _draw(axes, line, label=label, color="#777777", marker=marker, linestyle="--")
     axes.margins(x=0.08)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set(xlabel="bytes per vector", ylabel="kNN accuracy (k = 10)", title=title)
+    axes.set(xlabel="bytes per vector")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def recall_against_speed(points: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:

@@ -1,11 +1,14 @@
 """The sample is what it says, and data roots are read or refused."""
 
 import gzip
+import io
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from matvae_bench.images import ImagesError, LabelledImages
 
@@ -72,3 +75,38 @@ def test_a_subset_is_drawn_from_the_test_images_and_saved(images: LabelledImages
     subset.save(tmp_path / "subset.npz")
     with np.load(tmp_path / "subset.npz") as arrays:
         assert np.array_equal(arrays["query_images"], subset.query_images)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> dict[str, np.ndarray]:
+    """What `cifar10.zip` in `tmp_path` holds, by its path in there."""
+    random = np.random.default_rng(0)
+    names = [
+        f"{split}/{kind}/{number}.png" for split in ("test", "train") for kind in ("cat", "ant") for number in (0, 1)
+    ]
+    arrays = {name: random.integers(0, 256, (32, 32, 3), np.uint8) for name in names}
+    with zipfile.ZipFile(tmp_path / "cifar10.zip", "w") as archive:
+        archive.writestr("train/", b"")
+        for name, array in arrays.items():
+            file = io.BytesIO()
+            Image.fromarray(array).save(file, "png")
+            archive.writestr(name, file.getvalue())
+    return arrays
+
+
+def test_a_zip_of_photos_is_read(photos: dict[str, np.ndarray], tmp_path: Path) -> None:
+    read = LabelledImages.from_data_root(tmp_path, "cifar10")
+    assert read.gallery_labels.tolist() == read.query_labels.tolist() == [0, 0, 1, 1], "ants, then cats"
+    for role, split in ((read.gallery_images, "train"), (read.query_images, "test")):
+        names = [f"{split}/{kind}/{number}.png" for kind in ("ant", "cat") for number in (0, 1)]
+        assert np.array_equal(role, np.stack([photos[name] for name in names]))
+    head = read.head(gallery=3, queries=1)
+    assert (len(head.gallery_images), len(head.gallery_labels), len(head.query_images)) == (3, 3, 1)
+
+
+@pytest.mark.parametrize("content", [None, b"no zip"])
+def test_a_zip_that_is_none_is_named(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "cifar10.zip").write_bytes(content)
+    with pytest.raises(ImagesError, match=r"cifar10\.zip"):
+        LabelledImages.from_data_root(tmp_path, "cifar10")
