@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import signal
 import sys
@@ -40,10 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
+    said = sys.stdout
     try:
-        with ray_serve.cluster(config, address) as port:
+        # Ray prints what replicas write; of us stdout has only that we are ready.
+        with contextlib.redirect_stdout(sys.stderr), ray_serve.cluster(config, address) as port:
             ray_serve.deploy(config)
-            print(f"matvae-serve-ray ready on 127.0.0.1:{port}", flush=True)
+            print(f"matvae-serve-ray ready on 127.0.0.1:{port}", file=said, flush=True)
             if address is None:
                 stopped.wait()
     except StartupError as error:
@@ -98,3 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add(operations, "--log-format", "how a replica's log is written", choices=("text", "json"))
     add_switch(operations, "--access-log", "a line for every call, not only for those that fail")
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
