@@ -38,13 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = ray_serve.config_of(options)
     except ValueError as error:
         parser.error(str(error))
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
     said = sys.stdout
     try:
         # Ray prints what replicas write; of us stdout has only that we are ready.
         with contextlib.redirect_stdout(sys.stderr), ray_serve.cluster(config, address) as port:
+            stopped = _stop_signal()  # after Ray's own, which ends this process three seconds later, whatever it does
             ray_serve.deploy(config)
             print(f"matvae-serve-ray ready on 127.0.0.1:{port}", file=said, flush=True)
             if address is None:
@@ -53,6 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"matvae-serve-ray: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _stop_signal() -> threading.Event:
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    return stopped
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.util
 import os
@@ -21,7 +22,7 @@ from grpc_status import rpc_status
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_bench.images import LabelledImages
-from matvae_bench.server_process import ServerProcess
+from matvae_bench.server_process import ServerProcess, ServerStartError
 from matvae_client import CodesDirectory, EmbeddingClient, InvalidRequestError, NotFoundError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed: make test-ray")
@@ -164,7 +165,7 @@ def test_health(cluster: ServerProcess) -> None:
 
 def test_a_replica_is_killed_under_load(cluster: ServerProcess, server: ServerProcess, images: LabelledImages) -> None:
     """Nothing wrong comes back: each reply is right or a clean error, and afterwards two replicas answer again."""
-    batches = [images.query_images[start : start + 5] for start in range(0, 100, 5)]
+    batches = [images.query_images[start : start + 50] for start in range(0, 500, 50)]
     with EmbeddingClient(server.address) as plain:
         expected = [plain.embed(batch).rows.tobytes() for batch in batches]
     before, over = replica_pids(cluster.process.pid), threading.Event()
@@ -187,8 +188,8 @@ def test_a_replica_is_killed_under_load(cluster: ServerProcess, server: ServerPr
                     loaded.release()
         return failed
 
-    with ThreadPoolExecutor(4) as pool, grpc.insecure_channel(cluster.address) as channel:
-        loads = [pool.submit(load, number) for number in range(4)]
+    with ThreadPoolExecutor(8) as pool, grpc.insecure_channel(cluster.address) as channel:
+        loads = [pool.submit(load, number) for number in range(8)]
         try:
             for _ in range(100):
                 assert loaded.acquire(timeout=TIMEOUT)
@@ -199,10 +200,34 @@ def test_a_replica_is_killed_under_load(cluster: ServerProcess, server: ServerPr
         finally:
             over.set()
         failed = [code for result in loads for code in result.result()]
+    print("failed while a replica was gone:", collections.Counter(failed))
+    # All eight together are no more images than one replica's queue holds: nothing is refused meanwhile.
     assert set(failed) <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
     assert len(replica_pids(cluster.process.pid)) == 2
     with EmbeddingClient(cluster.address) as client:
         assert [client.embed(batch).rows.tobytes() for batch in batches] == expected
+
+
+def test_what_waits_too_much_is_refused_and_strangers_are(images: LabelledImages, tmp_path: Path) -> None:
+    """One replica with one place, one more at the proxy: of many at once some are RESOURCE_EXHAUSTED, none is lost."""
+    (tmp_path / "tokens").write_text("right\n")
+    flags = ("--insecure", "--token-file", str(tmp_path / "tokens"), "--cpus-per-replica", "0.5")
+    queues = ("--max-ongoing-requests", "1", "--target-ongoing-requests", "1", "--max-queued-requests", "1")
+    message, right = request(images.query_images[:200]), (("authorization", "Bearer right"),)
+    with ServerProcess(*flags, *queues, start_seconds=300, module="matvae_server.ray_cli") as process:
+        with grpc.insecure_channel(process.address) as channel:
+            stub = pb_grpc.EmbeddingServiceStub(channel)
+            assert failure(stub.Embed, message).code() == grpc.StatusCode.UNAUTHENTICATED
+            calls = [stub.Embed.future(message, timeout=TIMEOUT, metadata=right) for _ in range(64)]
+            codes = [call.code() for call in calls]
+        status, _ = process.stop()
+    assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert status == 0
+
+
+def test_a_bundle_that_is_not_there_is_said() -> None:
+    with pytest.raises(ServerStartError, match="no bundle.*nowhere"):
+        ServerProcess("--insecure", "--bundle", "nowhere", start_seconds=300, module="matvae_server.ray_cli")
 
 
 def wait_for_replicas(
