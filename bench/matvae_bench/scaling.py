@@ -9,9 +9,7 @@ Nothing is measured here. Rates are those of `throughput.json` and `retrieval-1m
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import json
 import math
 import statistics
@@ -22,10 +20,10 @@ from typing import Any
 
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
-from matvae_bench.output import Told, print_markdown, spread
+from matvae_bench.output import Told, markdown, spread, written
 
 BILLION = 10**9
-START, END = "<!-- start: python -m matvae_bench.scaling -->", "<!-- end -->"
+COMMAND = "python -m matvae_bench.scaling"
 _FRAME = 5  # gRPC's prefix of every message
 _EXHAUSTIVE = ("flat", "int8", "binary", "funnel", "NumPy", "PCA")
 """Methods whose work for a query grows with the number of vectors, so that a million tells of a billion."""
@@ -208,26 +206,9 @@ def message_bytes(card: dict[str, Any], images: int, dimensions: int, precision:
     return _FRAME + request.ByteSize(), _FRAME + reply.ByteSize()
 
 
-def written(page: str, block: str) -> str:
-    """The page with the block between its marks. Raises ValueError where it has no marks."""
-    before, start, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"the page needs a line {START} and a line {END}")
-    return f"{before}{START}\n\n{block.strip()}\n\n{END}{after}"
-
-
-def markdown(told: Sequence[Told]) -> str:
-    """The tables as the page has them."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        for one in told:
-            print_markdown(*one)
-    return said.getvalue()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables, or write them into a page; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m matvae_bench.scaling", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=Path("bench/results"), metavar="DIR")
     card = Path("server/matvae_server/bundles/fashion-mnist/card.json")
     parser.add_argument("--card", type=Path, default=card, metavar="FILE", help="a bundle's card.json")
@@ -242,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         block = markdown(tables(results, json.loads(card.read_text()), Assumed(**options)))
         if page:
-            page.write_text(written(page.read_text(), block))
+            page.write_text(written(page.read_text(), COMMAND, block))
         else:
             print(block, end="")
     except (OSError, ValueError) as error:
