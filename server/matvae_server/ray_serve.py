@@ -19,6 +19,8 @@ from matvae_server.ray_adapter import Replica
 
 APPLICATION = "matvae"
 SERVICER_FUNCTION = "matvae_server.ray_adapter.add_to_proxy"
+_LOGGING = {"enable_access_log": False}
+"""Ray writes a line for every call, in the proxy and in the replica; --access-log writes ours."""
 _RETRIES = 1
 """How often Ray tries again to start the first replica: what is wrong with a bundle stays wrong."""
 
@@ -128,6 +130,18 @@ def build(config: RayConfig) -> Any:
     return deployment.bind(config.replica_server, config.cpus_per_replica)
 
 
+def environment(config: RayConfig) -> dict[str, str]:
+    """Settings of Ray's own, which its processes read as they start: on a cluster that is there they come too late."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",  # nobody is told of us who was not asked for
+        # The proxy's own limit is 2 GiB: a caller could make it take that much.
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.server.limits.max_message_bytes),
+        # Our code never blocks its event loop, so it needs none of its own; nor does what routes calls.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    }
+
+
 @contextlib.contextmanager
 def cluster(config: RayConfig, address: str | None) -> Iterator[int]:
     """While it lasts, a cluster of this machine alone, or a connection to the one at `address`; the gRPC port there.
@@ -137,19 +151,21 @@ def cluster(config: RayConfig, address: str | None) -> Iterator[int]:
     import ray
     from ray import serve
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of us who was not asked for
-    # The proxy's own limit is 2 GiB: a caller could make it take that much.
-    os.environ.setdefault("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(config.server.limits.max_message_bytes))
+    for name, value in environment(config).items():
+        os.environ.setdefault(name, value)
     port = config.server.port or _free_port()
     try:
         if address is None:
-            ray.init(include_dashboard=False, log_to_driver=True)
+            ray.init(include_dashboard=False)
         else:
             ray.init(address=address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StartupError(f"no Ray cluster{f' at {address}' if address else ''}: {error}") from None
+    except Exception as error:  # Ray has no class for it: ConnectionError, RuntimeError, ValueError, Exception itself
+        ray.shutdown()
+        where = f"at {address}" if address else "could be started here"
+        raise StartupError(f"no Ray cluster {where}: {error}") from None
     try:
         serve.start(
+            logging_config=_LOGGING,
             # A node's proxy serves HTTP, too, of which we need nothing: on loopback, where it must be.
             http_options={"host": "127.0.0.1", "port": _free_port() if address is None else 8000},
             grpc_options={"port": port, "grpc_servicer_functions": [SERVICER_FUNCTION]},
@@ -169,7 +185,7 @@ def deploy(config: RayConfig) -> None:
     from ray import serve
 
     try:
-        serve.run(build(config), name=APPLICATION, route_prefix="/")
+        serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=_LOGGING)
     except RuntimeError as error:
         status = serve.status().applications.get(APPLICATION)
         said = [deployment.message for deployment in status.deployments.values()] if status else []

@@ -7,6 +7,8 @@ import dataclasses
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -228,6 +230,22 @@ def test_what_waits_too_much_is_refused_and_strangers_are(images: LabelledImages
 def test_a_bundle_that_is_not_there_is_said() -> None:
     with pytest.raises(ServerStartError, match="no bundle 'nowhere'"):
         ServerProcess("--insecure", "--bundle", "nowhere", start_seconds=300, module="matvae_server.ray_cli")
+
+
+def test_ray_reads_the_serve_config(repository: Path) -> None:
+    """As `serve deploy` does: the schema, and the application that its arguments build."""
+    program = """
+import sys, yaml
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
+from ray.serve.schema import ServeDeploySchema
+from matvae_server.ray_serve import application
+config = ServeDeploySchema.model_validate(yaml.safe_load(open(sys.argv[1])))
+deployment = build(application, config.applications[0].args)._bound_deployment
+print(deployment.name, deployment.max_ongoing_requests, deployment.ray_actor_options["num_cpus"])
+"""
+    command = [sys.executable, "-c", program, str(repository / "deploy" / "ray-serve.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.split() == ["Replica", "128", "2"], done.stderr
 
 
 def wait_for_replicas(

@@ -227,6 +227,12 @@ def test_ray_is_told_of_replicas_cores_gpus_and_queues() -> None:
     assert scaled.replica_server.runtime == "torch"
 
 
+def test_the_page_has_the_variables_that_are_set(repository: Path) -> None:
+    page = (repository / "docs" / "ray.md").read_text()
+    for name, value in ray_serve.environment(RayConfig(server=ServerConfig(security=INSECURE))).items():
+        assert f"| `{name}` | `{value}` |" in page
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
