@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -21,8 +22,13 @@ APPLICATION = "matvae"
 SERVICER_FUNCTION = "matvae_server.ray_adapter.add_to_proxy"
 _LOGGING = {"enable_access_log": False}
 """Ray writes a line for every call, in the proxy and in the replica; --access-log writes ours."""
+_STARTS = 3
+"""How often a cluster of this machine is tried to start: Ray gives its processes 30 seconds, too few on a busy one."""
 _RETRIES = 1
 """How often Ray tries again to start the first replica: what is wrong with a bundle stays wrong."""
+
+
+log = logging.getLogger("matvae.server")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,15 +160,7 @@ def cluster(config: RayConfig, address: str | None) -> Iterator[int]:
     for name, value in environment(config).items():
         os.environ.setdefault(name, value)
     port = config.server.port or _free_port()
-    try:
-        if address is None:
-            ray.init(include_dashboard=False)
-        else:
-            ray.init(address=address)
-    except Exception as error:  # Ray has no class for it: ConnectionError, RuntimeError, ValueError, Exception itself
-        ray.shutdown()
-        where = f"at {address}" if address else "could be started here"
-        raise StartupError(f"no Ray cluster {where}: {error}") from None
+    _connect(address)
     try:
         serve.start(
             logging_config=_LOGGING,
@@ -175,6 +173,27 @@ def cluster(config: RayConfig, address: str | None) -> Iterator[int]:
         if address is None:
             serve.shutdown()
         ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    """Start a cluster of this machine, or join the one at `address`. Raises StartupError."""
+    import ray
+
+    attempts = 1 if address else _STARTS
+    for attempt in range(attempts):
+        try:
+            if address is None:
+                ray.init(include_dashboard=False)
+            else:
+                ray.init(address=address)
+        except Exception as error:  # Ray has no class for it: ConnectionError, RuntimeError, ValueError, Exception
+            ray.shutdown()
+            if attempt + 1 == attempts:
+                where = f"at {address}" if address else "could be started here"
+                raise StartupError(f"no Ray cluster {where}: {error}") from None
+            log.warning("Ray's processes did not start, which is tried again: %s", error)
+        else:
+            return
 
 
 def deploy(config: RayConfig) -> None:

@@ -19,7 +19,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 
 from matvae.v1 import embedding_pb2 as pb
-from matvae_server import logs, ray_serve
+from matvae_server import logs, ray_cli, ray_serve
 from matvae_server.calls import Malformed
 from matvae_server.config import Security, ServerConfig
 from matvae_server.ray_adapter import AbortedCallError, Replica, add_to_proxy
@@ -124,6 +124,7 @@ def test_what_is_broken_is_internal_and_says_no_more(caplog: pytest.LogCaptureFi
     context = with_replica(use)
     assert context.code is grpc.StatusCode.INTERNAL
     assert "secret" not in context.details
+    assert "secret" in caplog.text
 
 
 def test_a_full_queue_says_when_to_come_back(images) -> None:
@@ -260,6 +261,18 @@ def test_settings_of_a_serve_config() -> None:
     assert config.server.bundles == ("fashion-mnist",)
     assert config.server.security.token_file == Path("tokens")
     assert config.replicas == 2
+
+
+def test_flags_and_variables_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MATVAE_MAX_REPLICAS", "9")
+    monkeypatch.setenv("MATVAE_INSECURE", "1")
+    flags = "--replicas 3 --bundle a --bundle b --gpus-per-replica 0.5 --max-queue 300 --port 0 --token-file t"
+    options = vars(ray_cli._parser().parse_args(flags.split()))
+    assert options.pop("address") == ""
+    config = ray_serve.config_of(options)
+    assert (config.replicas, config.max_replicas, config.gpus_per_replica) == (3, 9, 0.5)
+    assert (config.server.bundles, config.server.max_queue, config.server.port) == (("a", "b"), 300, 0)
+    assert config.server.security == Security(insecure=True, token_file=Path("t"))
 
 
 def test_the_command_says_what_to_install_or_what_is_wrong() -> None:
