@@ -19,9 +19,15 @@ class Flags:
         name = flag.removeprefix("--").replace("-", "_")
         variable, default = f"MATVAE_{name.upper()}", self._defaults[name]
         said = "none" if default in (None, "") else default
+        value = os.environ.get(variable, default)
+        if isinstance(value, str) and (read := kwargs.get("type")):
+            try:
+                value = read(value)
+            except ValueError:
+                self.parser.error(f"{variable} must be a number, not {value!r}")
         group.add_argument(
             flag,
-            default=os.environ.get(variable, default),
+            default=value,
             help=f"{help_text} ({variable}; default {said})",
             **kwargs,
         )

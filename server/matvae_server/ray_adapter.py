@@ -25,7 +25,7 @@ from matvae_server.errors import NotFoundError, UnauthenticatedError
 from matvae_server.models import Models
 from matvae_server.server import SWITCH_SECONDS, open_galleries
 from matvae_server.service import EmbeddingCore
-from matvae_server.transport import SERVICE, add_to_server
+from matvae_server.transport import SERVICE, method_handlers
 
 Reply = TypeVar("Reply")
 
@@ -39,13 +39,13 @@ def add_to_proxy(servicer: Any, server: grpc.aio.Server) -> None:
     `servicer` is Ray's stand-in: the proxy sends every method on to a replica. `Watch` is UNIMPLEMENTED: it would hold
     a replica's place for as long as somebody watches.
     """
-    add_to_server(servicer, server)
     check = grpc.unary_unary_rpc_method_handler(
         servicer.Check,
         request_deserializer=health_pb2.HealthCheckRequest.FromString,
         response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_HEALTH, {"Check": check}),))
+    for service, handlers in ((SERVICE.full_name, method_handlers(servicer)), (_HEALTH, {"Check": check})):
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
 
 
 class AbortedCallError(Exception):

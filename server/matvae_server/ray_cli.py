@@ -61,8 +61,9 @@ def _stop_signal() -> threading.Event:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Every flag sets the field of its name in RayConfig, ServerConfig or Security; environment as `matvae-serve`'s."""
+    """Every flag sets the field of its name in RayConfig, ServerConfig, Security or Limits, as in `matvae-serve`."""
     from matvae_server.config import Security, ServerConfig
+    from matvae_server.images import Limits
     from matvae_server.ray_serve import RayConfig
 
     parser = argparse.ArgumentParser(
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     server = ServerConfig(security=Security(insecure=True))
-    defaults = vars(RayConfig(server=server)) | vars(server) | vars(Security()) | {"address": ""}
+    defaults = vars(RayConfig(server=server)) | vars(server) | vars(Security()) | vars(Limits()) | {"address": ""}
     flags = Flags(parser, defaults)
     add, add_switch = flags.add, flags.add_switch
     add(parser, "--port", "port of Ray's gRPC proxies; 0 takes a free one and prints it", type=int, metavar="PORT")
@@ -96,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
     )
     add(load, "--max-queue", "images that may wait for an encoder, as for matvae-serve", type=int, metavar="IMAGES")
+    add(load, "--max-images-per-request", "images that a request may have", type=int, metavar="IMAGES")
+    add(load, "--max-message-bytes", "bytes that a request may have", type=int, metavar="BYTES")
     add(load, "--drain-seconds", "how long calls may go on at a replica that is to end", type=float)
 
     security = parser.add_argument_group("security")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from matvae_server.config import Security, ServerConfig
+from matvae_server.images import Limits
 from matvae_server.ports import StartupError
 from matvae_server.ray_adapter import Replica
 
@@ -105,8 +106,8 @@ class RayConfig:
 def application(settings: dict[str, Any]) -> Any:
     """The application of `import_path: matvae_server.ray_serve:application` in a Serve config; its `args` are settings.
 
-    They are the fields of RayConfig, ServerConfig and Security by name, lists for tuples: {"replicas": 2, "bundles":
-    ["mnist"], "insecure": true}. Raises ValueError or TypeError for what they cannot be.
+    They are the fields of RayConfig, ServerConfig, Security and Limits by name, lists for tuples: {"replicas": 2,
+    "bundles": ["mnist"], "insecure": true}. Raises ValueError or TypeError for what they cannot be.
     """
     return build(config_of(settings))
 
@@ -121,8 +122,9 @@ def config_of(settings: dict[str, Any]) -> RayConfig:
         names = {field.name for field in dataclasses.fields(kind)} - {"server", "security", "limits"}
         return {name: left.pop(name) for name in names & left.keys()}
 
-    security = Security(**taken(Security))
-    config = RayConfig(server=ServerConfig(security=security, **taken(ServerConfig)), **taken(RayConfig))
+    security, limits = Security(**taken(Security)), Limits(**taken(Limits))
+    server = ServerConfig(security=security, limits=limits, **taken(ServerConfig))
+    config = RayConfig(server=server, **taken(RayConfig))
     if left:
         raise ValueError(f"no such settings: {', '.join(sorted(left))}")
     return config

@@ -47,3 +47,15 @@ def _parser(message: type[Message]) -> Callable[[bytes], Any]:
             return Malformed(message.DESCRIPTOR.name)
 
     return parse
+
+
+def method_handlers(adapter: Any) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+    """The handler of each method, by its name; bytes that are no message reach `adapter` as `Malformed`."""
+    return {
+        method.name: _KINDS[method.client_streaming, method.server_streaming](
+            getattr(adapter, method.name),
+            request_deserializer=_parser(message_factory.GetMessageClass(method.input_type)),
+            response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+        )
+        for method in SERVICE.methods
+    }

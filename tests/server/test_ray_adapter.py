@@ -202,9 +202,6 @@ def test_the_proxy_is_given_every_method_and_health() -> None:
         def add_generic_rpc_handlers(self, handlers: tuple[Any, ...]) -> None:
             self.methods |= set(handlers[0]._method_handlers)  # where Ray looks for them
 
-        def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-            assert {f"/{service}/{name}" for name in handlers} <= self.methods
-
     proxy = Proxy()
     add_to_proxy(Replica, proxy)  # type: ignore[arg-type]  # Ray's stand-in has any method; the replica has these
     names = [method.name for method in pb.DESCRIPTOR.services_by_name["EmbeddingService"].methods]
@@ -267,11 +264,13 @@ def test_flags_and_variables_reach_the_configuration(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MATVAE_MAX_REPLICAS", "9")
     monkeypatch.setenv("MATVAE_INSECURE", "1")
     flags = "--replicas 3 --bundle a --bundle b --gpus-per-replica 0.5 --max-queue 300 --port 0 --token-file t"
-    options = vars(ray_cli._parser().parse_args(flags.split()))
+    limit = ("--max-message-bytes", "1000000")
+    options = vars(ray_cli._parser().parse_args([*flags.split(), *limit]))
     assert options.pop("address") == ""
     config = ray_serve.config_of(options)
     assert (config.replicas, config.max_replicas, config.gpus_per_replica) == (3, 9, 0.5)
     assert (config.server.bundles, config.server.max_queue, config.server.port) == (("a", "b"), 300, 0)
+    assert config.server.limits.max_message_bytes == 1_000_000
     assert config.server.security == Security(insecure=True, token_file=Path("t"))
 
 
