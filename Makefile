@@ -7,15 +7,19 @@ SUITES := "tests/proto tests/client" "tests/server tests/training" "tests/bench 
 # The oldest generator whose stubs we support: the lower bounds of grpcio and protobuf in pyproject.toml are its own.
 STUB_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0
 STUBS := .venv-stubs
+RAY := .venv-ray
 BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: demo test lint format stubs release-proto lock client-cost wheel clean
+.PHONY: demo test test-ray lint format stubs release-proto lock client-cost ray-cost wheel clean
 
 demo: $(VENV)/.demo  ## the main job, end to end, in under a minute once installed
 	$(BIN)/matvae-bench demo
 
 test: $(VENV)/.test $(STUBS)/.made  ## every suite; torch and faiss never share a process
 	@status=0; for suite in $(SUITES); do $(BIN)/python -m pytest $$suite || status=1; done; exit $$status
+
+test-ray: $(RAY)/.made  ## matvae-serve-ray on a cluster of this machine; Ray has an environment of its own
+	$(RAY)/bin/python -m pytest tests/ray
 
 lint: $(VENV)/.test  ## ruff, mypy --strict, and buf where npx is to be had
 	$(BIN)/ruff check .
@@ -40,17 +44,23 @@ release-proto:  ## at a release: what `buf breaking` compares with from then on
 client-cost: $(VENV)/.demo  ## what a constrained client pays: bytes installed, import time, memory
 	$(BIN)/matvae-bench client-cost
 
+ray-cost: $(RAY)/.made  ## what Ray costs beside matvae-serve
+	$(RAY)/bin/python -m matvae_bench.ray_cost --out bench/results/ray.json --write docs/ray.md
+
 wheel: $(VENV)/.test
 	$(BIN)/hatchling build
 
-lock: ## resolve everything anew into constraints.txt
+lock: ## resolve everything anew into constraints.txt, and what only Ray needs into constraints-ray.txt
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -q --upgrade pip
 	.venv-lock/bin/pip install -q '.[all]' --group dev
 	.venv-lock/bin/pip freeze --exclude matvae > constraints.txt
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -q --upgrade pip
+	.venv-lock/bin/pip install -q -c constraints.txt '.[ray]' --group test
+	.venv-lock/bin/pip freeze --exclude matvae | grep -vxFf constraints.txt > constraints-ray.txt
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) $(STUBS) demo dist build
+	rm -rf $(VENV) $(STUBS) $(RAY) demo dist build
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -67,4 +77,10 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/pip
 $(STUBS)/.made: Makefile
 	$(PYTHON) -m venv $(STUBS)
 	$(STUBS)/bin/pip install -q $(STUB_TOOLS)
+	@touch $@
+
+$(RAY)/.made: pyproject.toml constraints.txt constraints-ray.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install -q --upgrade 'pip>=25.1'
+	$(RAY)/bin/pip install -q -c constraints.txt -c constraints-ray.txt -e '.[ray]' --group test
 	@touch $@

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import statistics
 import sys
@@ -36,6 +38,24 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     """The lines of a table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown(told: Sequence[Told]) -> str:
+    """Tables as a page has them."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        for one in told:
+            print_markdown(*one)
+    return said.getvalue()
+
+
+def written(page: str, command: str, block: str) -> str:
+    """The page with the block between the marks of the command that made it. Raises ValueError where it has none."""
+    start, end = f"<!-- start: {command} -->", "<!-- end -->"
+    before, found, rest = page.partition(start)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"the page needs a line {start} and after it a line {end}")
+    return f"{before}{start}\n\n{block.strip()}\n\n{end}{after}"
 
 
 def known(value: float | None, form: str) -> str:

@@ -15,7 +15,7 @@ from typing import IO, Self
 
 from matvae_bench.errors import BenchmarkError
 
-_READY = re.compile(rb"^matvae-serve ready on (\S+)$", re.MULTILINE)
+_READY = re.compile(rb"^matvae-serve(?:-ray)? ready on (\S+)$", re.MULTILINE)
 
 
 class ServerStartError(BenchmarkError):
@@ -25,13 +25,19 @@ class ServerStartError(BenchmarkError):
 class ServerProcess:
     """Runs `matvae-serve --port 0 ARGUMENTS`; `address` is host:port. A context manager that stops it with SIGTERM.
 
-    `said` is what it wrote on stdout until it was ready. Raises ServerStartError unless it is ready within
-    `start_seconds`.
+    `module` is another command that says so when it is ready. `said` is what it wrote on stdout until it was ready.
+    Raises ServerStartError unless it is ready within `start_seconds`.
     """
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, start_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        start_seconds: float = 60.0,
+        module: str = "matvae_server",
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "matvae_server", "--port", "0", *arguments],
+            [sys.executable, "-m", module, "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=os.environ | (environment or {}),

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matvae_server.flags import Flags
+
 _EXAMPLES = """\
 examples:
   matvae-serve                               the packaged Fashion-MNIST model on 127.0.0.1:50051
@@ -84,7 +86,6 @@ def _say_ready(address: str, lines: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     """Every flag sets the field of its name in ServerConfig, Security or Limits, and has an environment variable."""
-    from matvae_server import bundle, runtimes
     from matvae_server.config import Security, ServerConfig
     from matvae_server.images import Limits
 
@@ -94,45 +95,20 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    defaults = vars(ServerConfig()) | vars(Security()) | vars(Limits())
-
-    def add(group: Any, flag: str, help_text: str, **kwargs: Any) -> None:
-        name = flag.removeprefix("--").replace("-", "_")
-        variable, default = f"MATVAE_{name.upper()}", defaults[name]
-        said = "none" if default in (None, "") else default
-        value = os.environ.get(variable, default)
-        if isinstance(value, str) and (read := kwargs.get("type")):
-            try:
-                value = read(value)
-            except ValueError:
-                parser.error(f"{variable} must be a number, not {value!r}")
-        group.add_argument(
-            flag,
-            default=value,
-            help=f"{help_text} ({variable}; default {said})",
-            **kwargs,
-        )
-
-    def add_several(group: Any, flag: str, field: str, help_text: str, **kwargs: Any) -> None:
-        variable = f"MATVAE_{flag.removeprefix('--').upper()}"
-        group.add_argument(
-            flag,
-            dest=field,
-            action=_Several,
-            default=_listed(variable) or defaults[field],
-            help=f"{help_text}; may be given again ({variable}, comma-separated)",
-            **kwargs,
-        )
-
-    def add_switch(group: Any, flag: str, help_text: str) -> None:
-        variable = f"MATVAE_{flag.removeprefix('--').replace('-', '_').upper()}"
-        group.add_argument(
-            flag, action="store_true", default=_truth(variable, parser), help=f"{help_text} ({variable}=1)"
-        )
-
+    flags = Flags(parser, vars(ServerConfig()) | vars(Security()) | vars(Limits()))
+    add = flags.add
     add(parser, "--host", "address to listen on", metavar="HOST")
     add(parser, "--port", "port to listen on; 0 takes a free one and prints it", type=int, metavar="PORT")
+    add_encoder_flags(flags)
+    _add_process_flags(flags)
+    return parser
 
+
+def add_encoder_flags(flags: Flags) -> None:
+    """What is served, and what computes it."""
+    from matvae_server import bundle, runtimes
+
+    parser, add, add_several = flags.parser, flags.add, flags.add_several
     models = parser.add_argument_group("models")
     packaged = ", ".join(bundle.packaged())
     add_several(
@@ -166,6 +142,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
     )
 
+
+def _add_process_flags(flags: Flags) -> None:
+    parser, add, add_switch = flags.parser, flags.add, flags.add_switch
     load = parser.add_argument_group("load")
     add(load, "--workers", "processes that share the port", type=int, metavar="N")
     add(
@@ -199,25 +178,3 @@ def _parser() -> argparse.ArgumentParser:
         "--measure", action="store_true", help="print the encoder's own rate by batch size as JSON, and exit"
     )
     add_switch(operations, "--access-log", "a line for every call, not only for those that fail")
-    return parser
-
-
-class _Several(argparse.Action):
-    """Collects a flag's values into a tuple that takes the place of its default."""
-
-    def __call__(
-        self, _parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, _option: str | None = None
-    ) -> None:
-        held = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, (value,) if held is self.default else (*held, value))
-
-
-def _listed(variable: str) -> tuple[str, ...]:
-    return tuple(entry for entry in os.environ.get(variable, "").split(",") if entry)
-
-
-def _truth(variable: str, parser: argparse.ArgumentParser) -> bool:
-    value = os.environ.get(variable, "")
-    if value not in ("", "0", "1"):
-        parser.error(f"{variable} must be 0 or 1, not {value!r}")
-    return value == "1"

@@ -87,6 +87,14 @@ class Tokens:
             known |= hmac.compare_digest(offered, digest)
         return known
 
+    def check(self, metadata: Iterable[tuple[str, Any]]) -> None:
+        """Raises UnauthenticatedError unless a call's metadata bear one of them."""
+        token = bearer(metadata)
+        if token is not None and self.admits(token):
+            return
+        said = "no token came with the call" if token is None else "the token is not one of this server's"
+        raise UnauthenticatedError(f"{said}: it goes into the metadata as `authorization: Bearer TOKEN`")
+
     def _refresh(self) -> None:
         now = self._clock()
         if now - self._looked < _LOOK_SECONDS:
@@ -142,14 +150,15 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         """See grpc.aio.ServerInterceptor."""
         if details.method.startswith(_OPEN_PATHS):
             return await continuation(details)
-        token = bearer(details.invocation_metadata)
-        if token is not None and self._tokens.admits(token):
+        try:
+            self._tokens.check(details.invocation_metadata)
+        except UnauthenticatedError as error:
+            refusal = error
+        else:
             return await continuation(details)
-        said = "no token came with the call" if token is None else "the token is not one of this server's"
 
         async def abort(_requests: Any, context: Any) -> None:
-            error = UnauthenticatedError(f"{said}: it goes into the metadata as `authorization: Bearer TOKEN`")
-            await refuse(context, details.method, error, self._observers)
+            await refuse(context, details.method, refusal, self._observers)
 
         # Of a stream nothing is received until its handler asks: so nobody unknown makes us take 16 MiB, and parse it.
         return grpc.stream_stream_rpc_method_handler(abort)

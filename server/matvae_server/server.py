@@ -31,7 +31,7 @@ from matvae_server.ports import (
 from matvae_server.service import EmbeddingCore
 from matvae_server.transport import add_to_server
 
-_SWITCH_SECONDS = 0.0002
+SWITCH_SECONDS = 0.0002
 """How long the event loop may keep the encoder's thread waiting for the interpreter: 5 ms, the default, are a batch."""
 
 log = logging.getLogger("matvae.server")
@@ -43,7 +43,7 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
     SIGHUP loads the bundles and galleries anew. Raises StartupError where a port, a bundle, a gallery, the runtime or a
     file of the security is not to be had.
     """
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)
     async with contextlib.AsyncExitStack() as stack:
         metrics, metrics_url, observers = stack.enter_context(_observing(config))
         try:

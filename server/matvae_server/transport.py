@@ -42,14 +42,7 @@ class _Service(grpc.GenericRpcHandler):
     def __init__(self, adapter: GrpcAdapter) -> None:
         self._adapter = adapter
         self._methods = {f"/{SERVICE.full_name}/{method.name}": method.name for method in SERVICE.methods}
-        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            method.name: _KINDS[method.client_streaming, method.server_streaming](
-                getattr(adapter, method.name),
-                request_deserializer=_parser(message_factory.GetMessageClass(method.input_type)),
-                response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
-            )
-            for method in SERVICE.methods
-        }
+        self._handlers = method_handlers(adapter)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         """See grpc.GenericRpcHandler. The handler of a call that is refused receives no message."""
@@ -64,7 +57,7 @@ class _Service(grpc.GenericRpcHandler):
         async def end(_requests: Any, context: Any) -> None:
             await self._adapter.end(path, error, context)
 
-        # Of a stream nothing is received until its handler asks: in an overload that is a third of what refusing costs.
+        # Of a stream nothing is received until its handler asks: and receiving is a good part of what refusing costs.
         return grpc.stream_stream_rpc_method_handler(end)
 
 
@@ -90,3 +83,15 @@ def _parser(message: type[Message]) -> Callable[[bytes], Any]:
             return Malformed(message.DESCRIPTOR.name)
 
     return parse
+
+
+def method_handlers(adapter: Any) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+    """The handler of each method, by its name; bytes that are no message reach `adapter` as `Malformed`."""
+    return {
+        method.name: _KINDS[method.client_streaming, method.server_streaming](
+            getattr(adapter, method.name),
+            request_deserializer=_parser(message_factory.GetMessageClass(method.input_type)),
+            response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+        )
+        for method in SERVICE.methods
+    }
