@@ -1,0 +1,152 @@
+"""What the platform policy rests on, tried by hand: it needs a package index, and minutes.
+
+    python docs/platforms.py wheels          is there a wheel of every dependency, for every Python and machine?
+    python docs/platforms.py suites 3.12 3.13      the suites of contract and client, under other Pythons of this machine
+
+Both write bench/results/platforms-*.json. `python docs/platforms.py tables` prints the tables of docs/platforms.md from
+these files, which is what the page holds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matvae_bench import environment
+from matvae_bench.output import print_markdown
+
+ROOT = Path(__file__).parent.parent
+WHEELS, SUITES = (ROOT / "bench" / "results" / f"platforms-{name}.json" for name in ("wheels", "suites"))
+
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+_MANYLINUX = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_26", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
+MACHINES = {
+    "Linux x86-64": tuple(f"{name}_x86_64" for name in _MANYLINUX),
+    "Linux aarch64": tuple(f"{name}_aarch64" for name in _MANYLINUX),
+    "macOS 14 arm64": ("macosx_14_0_arm64",),
+}
+ROOMS: dict[str, tuple[str, ...]] = {
+    "client": (),
+    "server": ("server",),
+    "bench": ("bench",),
+    "training": ("server", "gpu", "training"),
+}
+POLICY = {"Linux x86-64": tuple(ROOMS), "Linux aarch64": tuple(ROOMS), "macOS 14 arm64": ("client",)}
+"""What is promised where: the rooms of each machine."""
+
+
+def main(words: Sequence[str]) -> int:
+    """The exit status: 1 where something that is promised does not hold."""
+    match list(words):
+        case ["wheels"]:
+            return wheels()
+        case ["suites", *pythons] if pythons:
+            return suites(pythons)
+        case ["tables"]:
+            for title, headings, rows in tables():
+                print_markdown(title, headings, rows)
+            return 0
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+def wheels() -> int:
+    """Let pip resolve each room's dependencies from wheels alone, as for a machine of that kind. Nothing is installed."""
+    found = []
+    for machine, rooms in POLICY.items():
+        for python in PYTHONS:
+            for room in rooms:
+                found.append({"machine": machine, "python": python, "room": room, **_resolve(machine, python, room)})
+                print(machine, python, room, found[-1]["error"] or "ok", flush=True)
+    _save(WHEELS, {"runs": found})
+    return int(any(run["error"] for run in found))
+
+
+def suites(pythons: Sequence[str]) -> int:
+    """Run the suites of contract and client in a new environment of each Python, found as `pythonX.Y` or by path."""
+    found = []
+    for python in pythons:
+        with tempfile.TemporaryDirectory() as folder:
+            executable = python if "/" in python else f"python{python}"
+            subprocess.run([executable, "-m", "venv", folder], check=True)
+            ours = f"{folder}/bin/python"
+            group = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["test"]
+            command = [ours, "-m", "pip", "install", "-q", "-e", f"{ROOT}[server]", *group]
+            subprocess.run(command, check=True)
+            done = subprocess.run(
+                [ours, "-m", "pytest", "-q", "tests/proto", "tests/client"],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            version = subprocess.run([ours, "-V"], capture_output=True, text=True, check=True).stdout.split()[1]
+        last = done.stdout.strip().splitlines()[-1]
+        counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+        found.append({"python": version, "status": done.returncode, "counts": counts})
+        print(version, last, flush=True)
+        if done.returncode:
+            print(done.stdout[-4000:])
+    _save(SUITES, {"suites": "tests/proto tests/client", "runs": found})
+    return int(any(run["status"] for run in found))
+
+
+def tables() -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
+    """What docs/platforms.md says: title, headings, rows."""
+    resolved, ran = (json.loads(path.read_text()) for path in (WHEELS, SUITES))
+    cells = {(run["machine"], run["room"], run["python"]): "no" if run["error"] else "yes" for run in resolved["runs"]}
+    rows = [
+        [machine, room, *(cells[machine, room, python] for python in PYTHONS)]
+        for machine, rooms in POLICY.items()
+        for room in rooms
+    ]
+    told = [(f"A wheel of every dependency, {resolved['date']}", ("machine", "what", *PYTHONS), rows)]
+    counts = [
+        [run["python"], *(str(run["counts"].get(word, 0)) for word in ("passed", "skipped", "failed"))]
+        for run in ran["runs"]
+    ]
+    title = f"{ran['suites']} on {ran['platform']}, {ran['date']}"
+    return [*told, (title, ("Python", "passed", "skipped", "failed"), counts)]
+
+
+def _requirements(room: str) -> list[str]:
+    """Of the base install and the room's extras, without what these say of each other, which ROOMS follows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    listed = [*project["dependencies"], *(line for extra in ROOMS[room] for line in extras[extra])]
+    return [line for line in listed if not line.startswith("matvae[")]
+
+
+def _resolve(machine: str, python: str, room: str) -> dict[str, Any]:
+    """The versions that pip would install, by name, and why it would not, where it would not."""
+    tags = [word for tag in MACHINES[machine] for word in ("--platform", tag)]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--report", report]
+            + ["--only-binary", ":all:", "--target", folder, "--python-version", python, *tags, *_requirements(room)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            return {"error": done.stderr.strip().splitlines()[-1], "versions": {}}
+        items = (item["metadata"] for item in json.loads(report.read_text())["install"])
+        return {"error": "", "versions": {item["name"]: item["version"] for item in items}}
+
+
+def _save(path: Path, results: dict[str, Any]) -> None:
+    described = environment.describe() | {"command": f"python docs/platforms.py {' '.join(sys.argv[1:2])}"}
+    path.write_text(json.dumps(described | results, indent=1) + "\n")
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
