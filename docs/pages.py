@@ -4,8 +4,8 @@
     python docs/pages.py docs/tutorial.md --write     one page; what they print is written into it
 
 - A `python` block is a program of its own. What it prints stands in it, in order, after `# → `.
-- In a `console` block each line after `$ ` is a command, and the lines below it are what it prints on stdout; `...` stands
-  for any lines. Lines that are indented by four spaces and begin with one of our commands count as commands, too.
+- In a `console` block each line after `$ ` is a command, and the lines below it are what it prints on stdout; `...`
+  stands for any lines. Lines that are indented by four spaces and begin with one of our commands are commands, too.
 - All of a page runs in one folder, in the order of the page. `localhost:50051` is the server that was started last;
   `matvae-serve` with flags starts one of the page's own, on free ports of this machine.
 - What takes minutes, other data, a GPU or a package index is not run: the arguments of our commands are parsed, `make`
@@ -94,7 +94,7 @@ def steps(text: str) -> Iterator[Step]:
                 raise PageError(f"line {here + 1}: commands stand in console blocks, other lines in text blocks")
             end = lines.index("```", here + 1)
             if line == "```python":
-                said = tuple(l.removeprefix("# → ") for l in lines[here:end] if l.startswith("# → "))
+                said = tuple(said.removeprefix("# → ") for said in lines[here:end] if said.startswith("# → "))
                 code = "\n".join(lines[here + 1 : end])
                 yield Step(code=code, is_python=True, line=here + 1, first=end - len(said), last=end, said=said)
             elif line == "```console":

@@ -1,7 +1,7 @@
 """What the platform policy rests on, tried by hand: it needs a package index, and minutes.
 
-    python docs/platforms.py wheels          is there a wheel of every dependency, for every Python and machine?
-    python docs/platforms.py suites 3.12 3.13      the suites of contract and client, under other Pythons of this machine
+    python docs/platforms.py wheels            is there a wheel of every dependency, for every Python and machine?
+    python docs/platforms.py suites 3.12 3.13  the suites of contract and client, under these Pythons of this machine
 
 Both write bench/results/platforms-*.json. `python docs/platforms.py tables` prints the tables of docs/platforms.md from
 these files, which is what the page holds.
@@ -58,7 +58,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def wheels() -> int:
-    """Let pip resolve each room's dependencies from wheels alone, as for a machine of that kind. Nothing is installed."""
+    """Let pip resolve each room's dependencies from wheels alone, as for such a machine. Nothing is installed."""
     found = []
     for machine, rooms in POLICY.items():
         for python in PYTHONS:
@@ -129,13 +129,19 @@ def _resolve(machine: str, python: str, room: str) -> dict[str, Any]:
     tags = [word for tag in MACHINES[machine] for word in ("--platform", tag)]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--report", report]
-            + ["--only-binary", ":all:", "--target", folder, "--python-version", python, *tags, *_requirements(room)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--dry-run",
+            "--ignore-installed",
+            "--report",
+            str(report),
+        ]
+        command += ["--only-binary", ":all:", "--target", folder, "--python-version", python, *tags]
+        done = subprocess.run([*command, *_requirements(room)], capture_output=True, text=True, check=False)
         if done.returncode:
             return {"error": done.stderr.strip().splitlines()[-1], "versions": {}}
         items = (item["metadata"] for item in json.loads(report.read_text())["install"])

@@ -14,7 +14,6 @@ import sys
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 for variable in [name for name in os.environ if name.startswith("MATVAE_")]:
@@ -121,9 +120,9 @@ def config() -> str:
     lines = ["# Configuration of the server", "", NOTE.format(source="the parser of matvae-serve and its settings")]
     lines += [
         "A flag wins over its environment variable, the variable over the default. In Python the same is",
-        "`matvae_server.config.ServerConfig`, whose fields have the names of the flags (`bundles` and `galleries` are the",
-        "plurals), and `Security` for those of that group. What cannot be, or does not go together, is refused before the",
-        "server starts, with the reason.",
+        "`matvae_server.config.ServerConfig`, whose fields have the names of the flags (`bundles` and `galleries` are",
+        "plurals), and `Security` for those of that group. What cannot be, or does not go together, is refused before",
+        "the server starts, with the reason.",
         "",
     ]
     serve = parser(SERVE)
