@@ -160,7 +160,7 @@ class Page:
         return self._finish(step, [sys.executable, "-c", self._here(step.code)])
 
     def _command(self, step: Step) -> list[str] | None:
-        words = [word for word in shlex.split(step.code, comments=True) if not re.match(r"[A-Z_]+=", word)]
+        words = shlex.split(re.sub(r"^([A-Z_]+=(\$\(.*?\)|\S*) +)*", "", step.code), comments=True)
         name, ours = words[0], [word for word in words[1:] if word != "&"]
         if name in SHELL:
             return self._finish(step, ["bash", "-ec", step.code])

@@ -32,12 +32,9 @@ MACHINES = {
     "Linux aarch64": tuple(f"{name}_aarch64" for name in _MANYLINUX),
     "macOS 14 arm64": ("macosx_14_0_arm64",),
 }
-ROOMS: dict[str, tuple[str, ...]] = {
-    "client": (),
-    "server": ("server",),
-    "bench": ("bench",),
-    "training": ("server", "gpu", "training"),
-}
+ROOMS: dict[str, tuple[str, ...]] = {"client": (), "server": ("server",), "bench": ("bench",)}
+"""The extras of each room. Not [gpu] and [training]: torch's wheels are too large to be looked at by the dozen."""
+
 POLICY = {"Linux x86-64": tuple(ROOMS), "Linux aarch64": tuple(ROOMS), "macOS 14 arm64": ("client",)}
 """What is promised where: the rooms of each machine."""
 
