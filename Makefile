@@ -9,7 +9,7 @@ STUB_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0
 STUBS := .venv-stubs
 BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: demo test lint format stubs release-proto lock client-cost wheel clean
+.PHONY: demo test lint format docs stubs release-proto lock client-cost wheel clean
 
 demo: $(VENV)/.demo  ## the main job, end to end, in under a minute once installed
 	$(BIN)/matvae-bench demo
@@ -22,6 +22,7 @@ lint: $(VENV)/.test  ## ruff, mypy --strict, and buf where npx is to be had
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy client/examples
+	$(BIN)/mypy docs
 	@if command -v npx >/dev/null; then \
 		$(BUF) lint proto && $(BUF) breaking proto --against proto/released.binpb && echo "buf lint and breaking: ok"; \
 	elif [ "$$CI" = true ]; then echo "buf: no npx, which CI must have"; exit 1; \
@@ -30,6 +31,10 @@ lint: $(VENV)/.test  ## ruff, mypy --strict, and buf where npx is to be had
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.test  ## write the reference pages from the code, and what commands and snippets print into the others
+	$(BIN)/python docs/reference.py
+	$(BIN)/python docs/pages.py --write
 
 stubs: $(STUBS)/.made  ## write proto/matvae/v1/*_pb2* again
 	$(STUBS)/bin/python proto/generate.py proto

@@ -55,7 +55,7 @@ NOT_RUN = {
     "ray",
 }
 NOT_HERE = re.compile(
-    r"--data-root|--web\b|runs/"
+    r"--data-root|--web\b|--runtime torch\b|runs/"
     r"|^(\w+=\S+ )*matvae-bench (?!sample\b|run\b)"  # measured for minutes, or with short settings in tests/bench
     r"|^(\w+=\S+ )*matvae-train (?!card )"
 )
