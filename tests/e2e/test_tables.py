@@ -247,3 +247,15 @@ def test_platforms(repository: Path) -> None:
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in (repository / "docs" / "platforms.md").read_text()
+
+
+def test_the_client_cost_table(repository: Path, results: dict[str, Any]) -> None:
+    cost = results["client-cost"]
+    resident = cost["resident_bytes"]
+    measured = [row[1] for row in table(repository / "docs" / "platforms.md", "what")]
+    assert measured == [
+        f"{cost['installed_bytes'] / 1e6:.0f} MB",
+        f"{cost['import_seconds_median']:.2f} s (median of {len(cost['import_seconds'])})",
+        f"{resident['after embedding and classifying 256 images'] / 1e6:.0f} MB",
+        f"{resident['after a search'] / 1e6:.0f} MB",
+    ]
