@@ -57,7 +57,7 @@ NOT_RUN = {
 NOT_HERE = re.compile(
     r"--data-root|--web\b|--runtime torch\b|runs/"
     r"|^(\w+=\S+ )*matvae-bench (?!sample\b|run\b)"  # measured for minutes, or with short settings in tests/bench
-    r"|^(\w+=\S+ )*matvae-train (?!card )"
+    r"|^(\w+=\S+ )*matvae-(serve-ray\b|train (?!card ))"
 )
 """Of our own commands, those that are only parsed."""
 
@@ -100,7 +100,7 @@ def steps(text: str) -> Iterator[Step]:
             elif line == "```console":
                 yield from _commands(lines, here + 1, end)
             here = end
-        elif re.match(r"    (\w+=\S+ )*matvae(-\w+)? ", line) and not lines[here - 1].startswith("    |"):
+        elif re.match(r"    (\w+=\S+ )*matvae[\w-]* ", line) and not lines[here - 1].startswith("    |"):
             yield Step(code=line.strip(), is_python=False, line=here + 1, first=here + 1, last=here + 1, said=())
         here += 1
 
