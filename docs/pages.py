@@ -39,21 +39,11 @@ PARSERS = {"matvae-train": "matvae_training.arguments:parser"}
 
 SHELL = ("cat", "chmod", "cp", "ls", "mkdir", "mv", "openssl", "rm")
 NOT_RUN = {
-    ".",
-    "cd",
-    "curl",
-    "docker",
-    "git",
-    "helm",
-    "kubectl",
-    "kind",
-    "make",
-    "pip",
-    "pytest",
-    "python",
-    "python3",
-    "ray",
+    *(".", "cd", "export", "git", "make", "pip", "pytest", "python", "python3", "apt-get", "sudo"),
+    *("curl", "docker", "grpcurl", "h2load", "helm", "ip", "kind", "kubectl", "locust", "ray", "serve", "tc"),
 }
+"""Other programs, and what changes a reader's machine."""
+
 NOT_HERE = re.compile(
     r"--data-root|--web\b|--runtime torch\b|runs/"
     r"|^(\w+=\S+ )*matvae-bench (?!sample\b|run\b)"  # measured for minutes, or with short settings in tests/bench
@@ -164,7 +154,7 @@ class Page:
         name, ours = words[0], [word for word in words[1:] if word != "&"]
         if name in SHELL:
             return self._finish(step, ["bash", "-ec", step.code])
-        if name in NOT_RUN:
+        if name in NOT_RUN or "/" in name:
             _look_up(words)
             return None
         self._parse(step, name, ours)
@@ -252,7 +242,9 @@ def parser(command: str) -> argparse.ArgumentParser:
 
 
 def _look_up(words: Sequence[str]) -> None:
-    """Raise PageError where a `make` target or an extra is none of ours."""
+    """Raise PageError where a script, a `make` target or an extra is none of ours."""
+    if "/" in words[0] and not (ROOT / words[0]).is_file():
+        raise PageError(f"{words[0]}: there is no such file")
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         if not set(words[1:]) <= set(targets):
