@@ -45,7 +45,7 @@ NOT_RUN = {
 """Other programs, and what changes a reader's machine."""
 
 NOT_HERE = re.compile(
-    r"--data-root|--web\b|--runtime torch\b|runs/"
+    r"--data-root|--(web|processes|master|worker)\b|--runtime torch\b|runs/"
     r"|^(\w+=\S+ )*matvae-bench (?!sample\b|run\b)"  # measured for minutes, or with short settings in tests/bench
     r"|^(\w+=\S+ )*matvae-(serve-ray\b|train (?!card ))"
 )
