@@ -1,9 +1,10 @@
 """What the platform policy rests on, tried by hand: it needs a package index, and minutes.
 
-    python docs/platforms.py wheels            is there a wheel of every dependency, for every Python and machine?
-    python docs/platforms.py suites 3.12 3.13  the suites of contract and client, under these Pythons of this machine
+    python docs/platforms.py wheels              is there a wheel of every dependency, for every Python and machine?
+    python docs/platforms.py pythons 3.12 3.13   some pages of the documentation, under these Pythons of this machine
+    python docs/platforms.py pythons --suites 3.12 3.13      and the tests of contract and client, too
 
-Both write bench/results/platforms-*.json. `python docs/platforms.py tables` prints the tables of docs/platforms.md from
+They write bench/results/platforms-*.json. `python docs/platforms.py tables` prints the tables of docs/platforms.md from
 these files, which is what the page holds.
 """
 
@@ -23,7 +24,10 @@ from matvae_bench import environment
 from matvae_bench.output import print_markdown
 
 ROOT = Path(__file__).parent.parent
-WHEELS, SUITES = (ROOT / "bench" / "results" / f"platforms-{name}.json" for name in ("wheels", "suites"))
+WHEELS, TRIED = (ROOT / "bench" / "results" / f"platforms-{name}.json" for name in ("wheels", "pythons"))
+PAGES = ("tutorial", "galleries", "retrieval", "clients")
+SUITES = ("tests/proto", "tests/client", "--deselect", "tests/proto/test_stubs.py")
+"""The generator of stubs is another environment's."""
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 _MANYLINUX = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_26", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
@@ -44,8 +48,10 @@ def main(words: Sequence[str]) -> int:
     match list(words):
         case ["wheels"]:
             return wheels()
-        case ["suites", *pythons] if pythons:
-            return suites(pythons)
+        case ["pythons", "--suites", *names] if names:
+            return pythons(names, whole=True)
+        case ["pythons", *names] if names:
+            return pythons(names, whole=False)
         case ["tables"]:
             for title, headings, rows in tables():
                 print_markdown(title, headings, rows)
@@ -66,51 +72,55 @@ def wheels() -> int:
     return int(any(run["error"] for run in found))
 
 
-def suites(pythons: Sequence[str]) -> int:
-    """Run the suites of contract and client in a new environment of each Python, found as `pythonX.Y` or by path."""
-    found = []
-    for python in pythons:
+def pythons(names: Sequence[str], *, whole: bool) -> int:
+    """Install into a new environment of each Python (`3.12`, or a path), and run pages there, and suites."""
+    found: list[dict[str, Any]] = []
+    group = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["test"]
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            executable = python if "/" in python else f"python{python}"
-            subprocess.run([executable, "-m", "venv", folder], check=True)
-            ours = f"{folder}/bin/python"
-            group = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["test"]
-            command = [ours, "-m", "pip", "install", "-q", "-e", f"{ROOT}[server]", *group]
-            subprocess.run(command, check=True)
-            done = subprocess.run(
-                [ours, "-m", "pytest", "-q", "tests/proto", "tests/client"],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            version = subprocess.run([ours, "-V"], capture_output=True, text=True, check=True).stdout.split()[1]
-        last = done.stdout.strip().splitlines()[-1]
+            subprocess.run([name if "/" in name else f"python{name}", "-m", "venv", folder], check=True)
+            python = f"{folder}/bin/python"
+            extras = "server,bench,fit" if whole else "server,bench"
+            command = [python, "-m", "pip", "install", "-q", "-e", f"{ROOT}[{extras}]", *(group if whole else ())]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            version = _output([python, "-V"]).split()[1]
+            ran = {
+                page: re.search(r": (\d+) steps run", _output([python, "docs/pages.py", f"docs/{page}.md"]))
+                for page in PAGES
+            }
+            steps = {page: int(match[1]) if match else None for page, match in ran.items()}
+            last = _output([python, "-m", "pytest", "-q", *SUITES]).strip().splitlines()[-1] if whole else ""
         counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
-        found.append({"python": version, "status": done.returncode, "counts": counts})
-        print(version, last, flush=True)
-        if done.returncode:
-            print(done.stdout[-4000:])
-    _save(SUITES, {"suites": "tests/proto tests/client", "runs": found})
-    return int(any(run["status"] for run in found))
+        found.append({"python": version, "pages": steps, "tests": counts if whole else None})
+        print(found[-1], flush=True)
+    _save(TRIED, {"runs": found})
+    return int(any(None in run["pages"].values() or (run["tests"] or {}).get("failed") for run in found))
+
+
+def _output(command: Sequence[str]) -> str:
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    ).stdout
 
 
 def tables() -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
     """What docs/platforms.md says: title, headings, rows."""
-    resolved, ran = (json.loads(path.read_text()) for path in (WHEELS, SUITES))
+    resolved, tried = (json.loads(path.read_text()) for path in (WHEELS, TRIED))
     cells = {(run["machine"], run["room"], run["python"]): "no" if run["error"] else "yes" for run in resolved["runs"]}
-    rows = [
+    wheels = [
         [machine, room, *(cells[machine, room, python] for python in PYTHONS)]
         for machine, rooms in POLICY.items()
         for room in rooms
     ]
-    told = [(f"A wheel of every dependency, {resolved['date']}", ("machine", "what", *PYTHONS), rows)]
-    counts = [
-        [run["python"], *(str(run["counts"].get(word, 0)) for word in ("passed", "skipped", "failed"))]
-        for run in ran["runs"]
+    runs = []
+    for run in tried["runs"]:
+        pages = ("failed" if steps is None else f"{steps} steps" for steps in run["pages"].values())
+        tests = ", ".join(f"{count} {word}" for word, count in (run["tests"] or {}).items()) or "not run"
+        runs.append([run["python"], *pages, tests])
+    return [
+        (f"A wheel of every dependency, {resolved['date']}", ("machine", "what", *PYTHONS), wheels),
+        (f"On {tried['platform']}, {tried['date']}", ("Python", *PAGES, "tests of contract and client"), runs),
     ]
-    title = f"{ran['suites']} on {ran['platform']}, {ran['date']}"
-    return [*told, (title, ("Python", "passed", "skipped", "failed"), counts)]
 
 
 def _requirements(room: str) -> list[str]:
