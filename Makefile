@@ -9,7 +9,7 @@ STUB_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0
 STUBS := .venv-stubs
 BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: demo test lint format docs stubs release-proto lock client-cost wheel clean
+.PHONY: demo test lint format stubs release-proto lock client-cost wheel clean
 
 demo: $(VENV)/.demo  ## the main job, end to end, in under a minute once installed
 	$(BIN)/matvae-bench demo
@@ -32,6 +32,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: docs
 docs: $(VENV)/.test  ## write the reference pages from the code, and what commands and snippets print into the others
 	$(BIN)/python docs/reference.py
 	$(BIN)/python docs/pages.py --write
