@@ -52,7 +52,7 @@ NOT_HERE = re.compile(
 """Of our own commands, those that are only parsed."""
 
 NOT_A_LANGUAGE = ("```", "```bash", "```sh", "```shell")
-SHORT = {"matvae-bench run": " --seconds 1 --repeats 1"}
+SHORT = {"matvae-bench run": "matvae-bench run --seconds 1 --repeats 1"}
 ELSEWHERE = {"training/README.md": "tests/training/test_own.py"}
 """Pages whose Python runs in a test of its own."""
 
@@ -120,6 +120,7 @@ class Page:
         self.printed: list[tuple[Step, list[str]]] = []
         self._server = server
         self._own: ServerProcess | None = None
+        self._is_here = True  # not once the page has a cluster serve
         for shared in ("bundles", "bench"):
             (folder / shared).symlink_to(ROOT / shared)
 
@@ -158,13 +159,18 @@ class Page:
             _look_up(words)
             return None
         self._parse(step, name, ours)
-        if NOT_HERE.search(step.code):
+        if name.startswith("matvae-serve"):
+            self._is_here = name == "matvae-serve"
+        if NOT_HERE.search(step.code) or not self._is_here:
             return None
         if name == "matvae-serve" and not {"--check", "--measure"} & set(ours):
             return self._serve(step, ours)
-        shorter = next((more for start, more in SHORT.items() if step.code.startswith(start)), "")
-        printed = self._finish(step, ["bash", "-ec", self._here(step.code.removesuffix("&")) + shorter])
-        return list(step.said) if shorter else printed
+        code = self._here(step.code.removesuffix("&"))
+        for whole, shorter in SHORT.items():
+            if code.startswith(whole):
+                self._finish(step, ["bash", "-ec", code.replace(whole, shorter, 1)])
+                return list(step.said)
+        return self._finish(step, ["bash", "-ec", code])
 
     def _parse(self, step: Step, name: str, words: list[str]) -> None:
         """Raise PageError unless the command has these arguments."""
