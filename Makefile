@@ -26,6 +26,7 @@ lint: $(VENV)/.test  ## ruff, mypy --strict, and buf where npx is to be had
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy client/examples
+	$(BIN)/mypy docs
 	@if command -v npx >/dev/null; then \
 		$(BUF) lint proto && $(BUF) breaking proto --against proto/released.binpb && echo "buf lint and breaking: ok"; \
 	elif [ "$$CI" = true ]; then echo "buf: no npx, which CI must have"; exit 1; \
@@ -34,6 +35,11 @@ lint: $(VENV)/.test  ## ruff, mypy --strict, and buf where npx is to be had
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+.PHONY: docs
+docs: $(VENV)/.test  ## write the reference pages from the code, and what commands and snippets print into the others
+	$(BIN)/python docs/reference.py
+	$(BIN)/python docs/pages.py --write
 
 stubs: $(STUBS)/.made  ## write proto/matvae/v1/*_pb2* again
 	$(STUBS)/bin/python proto/generate.py proto

@@ -186,7 +186,7 @@ def _originals(names: Sequence[str], wanted: InputSpec) -> list[codec.Bytes] | N
 
 
 def _at_model_size(path: str, wanted: InputSpec) -> codec.Bytes:
-    """An image that the server could read, as it saw it (docs/formats.md, "Images")."""
+    """An image that the server could read, as it saw it (docs/bundle.md, "Images")."""
     from PIL import Image, ImageOps
 
     with Image.open(path) as file:

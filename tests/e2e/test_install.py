@@ -1,11 +1,13 @@
 """What the wheel holds, and what a machine gets that installs the client alone."""
 
 import json
+import re
 import statistics
 import subprocess
 import sys
 import zipfile
 from contextlib import nullcontext
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,25 @@ def test_the_wheel_holds_each_room_once_and_no_more(wheel: Path) -> None:
     assert {"matvae/v1/embedding.proto", "matvae/v1/embedding_pb2.pyi"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "matvae_bench/data/NOTICE" in names
+
+
+def test_the_wheel_is_for_every_platform_of_the_policy(wheel: Path, repository: Path) -> None:
+    """Pure Python, and what docs/platforms.md says of Pythons and systems."""
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (info,) = (name.partition("/")[0] for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
+        assert "Root-Is-Purelib: true" in archive.read(f"{info}/WHEEL").decode()
+        assert not [name for name in archive.namelist() if name.endswith((".so", ".pyd", ".dylib"))]
+    classifiers = metadata.get_all("Classifier", [])
+    pythons = [name.rpartition(" ")[2] for name in classifiers if re.search(r":: Python :: 3\.\d+$", name)]
+    assert metadata["Requires-Python"] == f">={pythons[0]}"
+    policy = (repository / "docs" / "platforms.md").read_text()
+    assert f"Python {pythons[0]} to {pythons[-1]}." in policy
+    assert f"| machine | what | {' | '.join(pythons)} |" in policy
+    for system, classifier in (("Linux", "POSIX :: Linux"), ("macOS", "MacOS"), ("Windows", "Microsoft :: Windows")):
+        promised = not re.search(rf"{system} is not promised", policy)
+        assert (f"Operating System :: {classifier}" in classifiers) == promised
 
 
 def test_the_packaged_bundle_is_at_most_10_mb(wheel: Path) -> None:

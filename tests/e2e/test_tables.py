@@ -1,4 +1,4 @@
-"""The tables of README and docs hold the committed numbers: every cell is what its raw JSON says, rounded."""
+"""The tables of docs hold the committed numbers: every cell is what its raw JSON says, rounded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from matvae_server import bundle as bundles
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -51,7 +53,7 @@ def halvings(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 def test_the_load_table(repository: Path, results: dict[str, Any]) -> None:
     summary = results["load-fashion-mnist"]["summary"]
-    rows = table(repository / "README.md", "users", bar="│")
+    rows = table(repository / "docs" / "load.md", "users", bar="│")
     assert rows == [
         [
             name,
@@ -156,10 +158,11 @@ def test_what_load_says_is_what_the_commands_print(repository: Path, command: st
     assert done.stdout.strip() in (repository / "docs" / "load.md").read_text()
 
 
-def test_the_readmes_load_figures_are_those_of_load(repository: Path) -> None:
-    """Each "a ± b" and ratio of its table stands in docs/load.md, with the digits there or rounded."""
-    table = (repository / "README.md").read_text().partition("| two cores, shared")[2].partition("\n\n")[0]
-    measured = (repository / "docs" / "load.md").read_text()
+def test_load_in_short_holds_the_figures_below_it(repository: Path) -> None:
+    """Each "a ± b" of the first table stands in a later one, with the digits there or rounded."""
+    table, _, measured = (
+        (repository / "docs" / "load.md").read_text().partition("| two cores, shared")[2].partition("\n\n")
+    )
     figures = re.findall(r"[\d.,]+ ± [\d.,]+", table)
     assert len(figures) >= 6
     known = [tuple(pair.replace(",", "").split(" ± ")) for pair in re.findall(r"[\d.,]+ ± [\d.,]+", measured)]
@@ -187,15 +190,72 @@ def test_usearch_beside_flat(repository: Path, results: dict[str, Any]) -> None:
 
 
 def test_every_overload_run_is_told(repository: Path, results: dict[str, Any]) -> None:
-    """The runs of the same thing, in README and docs: none is left out."""
+    """The runs of the same thing, in each table: none is left out."""
     names = ["overload-64-run-1", "overload-64", "overload-64-run-3", "overload-64-run-4"]
     assert {name for name in results if name.startswith("overload-64")} == set(names)
-    readme = (repository / "README.md").read_text()
+    page = (repository / "docs" / "load.md").read_text()
     shares, ratios = [], []
     for row, name in zip(table(repository / "docs" / "load.md", "run"), names, strict=True):
         points = {point["load"]: point for point in results[name]["points"]}
         shares.append(points[3.0]["of_peak"])
         ratios.append(points[3.0]["latency_ms"]["p99"] / points[0.8]["latency_ms"]["p99"])
         assert row[1:] == [f"{shares[-1]:.2f}", f"{ratios[-1]:.2f}"]
-    assert ", ".join(f"{share:.2f}" for share in shares) in readme
-    assert ", ".join(f"{ratio:.1f}" for ratio in ratios) in readme
+    assert ", ".join(f"{share:.2f}" for share in shares) in page
+    assert ", ".join(f"{ratio:.1f}" for ratio in ratios) in page
+
+
+def test_the_accuracy_table(repository: Path, results: dict[str, Any]) -> None:
+    """Every cell of "What a budget buys" is the value in the raw JSON beside it."""
+    measured = results["accuracy-fashion-mnist"]
+    scores = {
+        (score["method"], score["metric"], score["dimensions"], score["precision"], score["bytes_per_vector"]): score
+        for score in measured["scores"]
+    }
+    rows = re.findall(
+        r"^\| (\d+) \| (\d+) / (\d+) / (\d+) \| (.+) \|$", (repository / "docs" / "accuracy.md").read_text(), re.M
+    )
+    assert len(rows) == 7
+    for row in rows:
+        m, float32, int8, binary = map(int, row[:4])
+        full = max(measured["scores"], key=lambda score: score["dimensions"])["dimensions"]
+        keys = (
+            ("prefix", "knn", m, "float32", float32),
+            ("prefix", "knn", m, "int8", int8),
+            ("prefix", "knn", m, "binary", binary),
+            ("prefix", "mlp", m, "int8", int8),
+            ("pixel-pca", "knn", m, "int8", int8),
+            ("product-quantisation", "knn", full, "pq", int8),
+        )
+        expected = [f"{100 * scores[key]['value']:.1f}" if key in scores else "n/a" for key in keys]
+        assert row[4].split(" | ") == expected
+    assert measured["fingerprint"] == bundles.load(bundles.find(bundles.DEFAULT)).card.fingerprint
+
+
+def test_the_card_and_the_live_measurement_agree(results: dict[str, Any]) -> None:
+    """Training's own evaluation against FAISS and numpy behind a server: the same numbers but for near ties."""
+    card = bundles.load(bundles.find(bundles.DEFAULT)).card
+    published = {(metric.name, metric.dimensions, metric.precision): metric.value for metric in card.metrics}
+    compared = [score for score in results["accuracy-fashion-mnist"]["scores"] if score["method"] == "prefix"]
+    assert len(compared) == 7 * 4 * 3
+    for score in compared:
+        key = (score["metric"], score["dimensions"], score["precision"])
+        assert abs(score["value"] - published[key]) <= 0.002, key
+
+
+def test_platforms(repository: Path) -> None:
+    command = [sys.executable, "docs/platforms.py", "tables"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (repository / "docs" / "platforms.md").read_text()
+
+
+def test_the_client_cost_table(repository: Path, results: dict[str, Any]) -> None:
+    cost = results["client-cost"]
+    resident = cost["resident_bytes"]
+    measured = [row[1] for row in table(repository / "docs" / "platforms.md", "what")]
+    assert measured == [
+        f"{cost['installed_bytes'] / 1e6:.0f} MB",
+        f"{cost['import_seconds_median']:.2f} s (median of {len(cost['import_seconds'])})",
+        f"{resident['after embedding and classifying 256 images'] / 1e6:.0f} MB",
+        f"{resident['after a search'] / 1e6:.0f} MB",
+    ]
