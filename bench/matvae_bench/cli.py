@@ -30,6 +30,8 @@ examples:
   matvae-bench overload --plot overload.svg            goodput and latency at up to three times the saturating load
   matvae-bench features                                what tokens, TLS, metrics and the access log cost
   matvae-bench soak --minutes 10                       mixed requests, and what becomes of the server's memory
+  matvae-bench peers                                   the same encoder served by others, on this machine
+  matvae-bench thin-link                               galleries and queries over slow links, beside the arithmetic
   matvae-bench client-cost                             what installing and running the client alone costs
 """
 

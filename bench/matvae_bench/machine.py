@@ -34,11 +34,36 @@ def resident_bytes(process: int) -> int | None:
     """Memory resident of a process and all that descend from it; None once it is gone, or where nothing tells."""
     try:
         pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-        children = [
-            int(child)
-            for tasks in Path(f"/proc/{process}/task").iterdir()
-            for child in (tasks / "children").read_text().split()
-        ]
+        children = _children(process)
     except OSError:
         return None
     return pages * os.sysconf("SC_PAGE_SIZE") + sum(resident_bytes(child) or 0 for child in children)
+
+
+def cpu_seconds(process: int) -> float | None:
+    """CPU that a process and all that descend from it have used, those that have ended included; None as above."""
+    try:
+        # After the name, which may hold anything: utime and stime, then those of children that were waited for.
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        used = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        children = _children(process)
+    except OSError:
+        return None
+    return used + sum(cpu_seconds(child) or 0.0 for child in children)
+
+
+def descendants(process: int) -> list[int]:
+    """All processes that descend from it, as far as anything tells."""
+    try:
+        children = _children(process)
+    except OSError:
+        return []
+    return children + [one for child in children for one in descendants(child)]
+
+
+def _children(process: int) -> list[int]:
+    return [
+        int(child)
+        for task in Path(f"/proc/{process}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]

@@ -1,0 +1,365 @@
+"""Ours beside other ways to serve the same encoder: same machine, same loader, one run, the vectors checked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matvae.v1 import embedding_pb2 as pb
+from matvae_bench import closed_loop, machine, payloads
+from matvae_bench.errors import BenchmarkError
+from matvae_bench.images import LabelledImages
+from matvae_bench.output import Told, first_line, markdown, spread
+from matvae_bench.peer_process import Floats, Images, Peer, PeerProcess, triton_request, wrapped
+from matvae_bench.server_process import ServerProcess
+
+CELLS = ((1, 1), (1, 64), (64, 1), (64, 8))
+"""(images a request, requests in flight)"""
+
+TOLERANCE = 1e-4
+"""The largest difference of a coordinate from what the encoder itself says, as between the runtimes."""
+
+OURS = "matvae-serve"
+_BATCH = 64
+
+
+def _ours(images: Images) -> bytes:
+    return pb.EmbedRequest(raw=pb.RawImages(pixels=images.tobytes(), shape=images.shape)).SerializeToString()
+
+
+PEERS = (
+    Peer(
+        name=OURS,
+        environment="",
+        setting="`--threads 1`; gRPC, unary, a checked message",
+        packages=(),
+        path=payloads.EMBED,
+        grpc=True,
+        request=_ours,
+    ),
+    Peer(
+        name="grpc.aio",
+        environment="grpc",
+        setting="uvloop; bytes in, bytes out; no batching",
+        packages=("grpcio", "uvloop", "onnxruntime"),
+        path="/peers.Embedding/Embed",
+        grpc=True,
+    ),
+    Peer(
+        name="mosec, batching",
+        environment="mosec",
+        setting="HTTP; 1 worker, batches of at most 64 requests, 1 ms wait",
+        packages=("mosec", "onnxruntime"),
+        path="/inference",
+        batch=_BATCH,
+    ),
+    Peer(
+        name="mosec",
+        environment="mosec",
+        setting="HTTP; 1 worker, no batching",
+        packages=("mosec", "onnxruntime"),
+        path="/inference",
+    ),
+    Peer(
+        name="LitServe, batching",
+        environment="litserve",
+        setting="HTTP; 1 worker, fast_queue, batches of at most 64 requests, 1 ms wait",
+        packages=("litserve", "fastapi", "uvicorn", "onnxruntime"),
+        path="/embed",
+        batch=_BATCH,
+    ),
+    Peer(
+        name="LitServe",
+        environment="litserve",
+        setting="HTTP; 1 worker, fast_queue, no batching",
+        packages=("litserve", "fastapi", "uvicorn", "onnxruntime"),
+        path="/embed",
+    ),
+    Peer(
+        name="Ray Serve",
+        environment="ray",
+        setting="gRPC proxy, RAY_SERVE_THROUGHPUT_OPTIMIZED; 1 replica, batches of at most 64 images, 1 ms wait",
+        packages=("ray", "grpcio", "onnxruntime"),
+        path="/peers.Embedding/Embed",
+        grpc=True,
+        batch=_BATCH,
+        request=wrapped,
+        start_seconds=180.0,
+    ),
+    Peer(
+        name="PyTriton",
+        environment="pytriton",
+        setting="gRPC; dynamic batcher, at most 64 images, 1 ms wait",
+        packages=("nvidia-pytriton", "onnxruntime"),
+        path="/inference.GRPCInferenceService/ModelInfer",
+        grpc=True,
+        batch=_BATCH,
+        request=triton_request,
+        start_seconds=120.0,
+    ),
+)
+"""Batching or not is two rows where a peer counts a batch in requests: what helps single images hurts large requests."""
+
+NAMES = tuple(peer.name for peer in PEERS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`seconds` is how long a cell lasts, `environments` where the peers are installed, `only` which are measured."""
+
+    environments: Path
+    seconds: float = 3.0
+    repeats: int = 3
+    only: tuple[str, ...] = NAMES
+    cells: tuple[tuple[int, int], ...] = CELLS
+
+
+class Reference:
+    """What the encoder itself says of the sample's images, from an ONNX file and one thread."""
+
+    def __init__(self, model: Path) -> None:
+        import onnxruntime
+
+        self.model = model
+        self.images: Images = LabelledImages.sample().query_images[:64]
+        session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+        self._codes: Floats = session.run(["codes"], {"images": self.images})[0]
+
+    def check(self, peer: Peer, address: str, count: int) -> tuple[float, int]:
+        """Ask for `count` codes: the largest difference from the encoder's own, and the bytes of the reply's body.
+
+        Raises BenchmarkError where they differ by more than TOLERANCE, or are not so many.
+        """
+        expected = self._codes[:count]
+        reply = peer.call(address, self.images[:count])
+        data = pb.EmbedResponse.FromString(reply).codes.data if peer.name == OURS else reply[-expected.nbytes :]
+        if len(data) != expected.nbytes:
+            raise BenchmarkError(f"answered {len(data)} bytes of codes to {count} images, not {expected.nbytes}")
+        difference = float(np.abs(np.frombuffer(data, "<f4").reshape(expected.shape) - expected).max())
+        if not difference <= TOLERANCE:  # no number is no agreement either
+            raise BenchmarkError(f"its codes differ from the encoder's own by {difference:.2g}")
+        return difference, len(reply) + (closed_loop.FRAME_BYTES if peer.grpc else 0)
+
+
+def packaged_encoder() -> Path:
+    """The ONNX file of the bundle that comes with the server. Raises BenchmarkError where no server is installed."""
+    found = importlib.util.find_spec("matvae_server")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        file = Path(folder) / "bundles" / "fashion-mnist" / "encoder.onnx"
+        if file.exists():
+            return file
+    raise BenchmarkError("the server is not installed: pip install 'matvae[server]'")
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Every cell of every peer `repeats` times; `cells` hold a list for each by peer, `skipped` why one has none.
+
+    A peer runs alone, so that none pays for what another does at rest; they take turns, each time from another one on,
+    so that a slow minute of the machine strikes no one more.
+    """
+    reference = Reference(packaged_encoder())
+    measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    versions: dict[str, dict[str, str]] = {}
+    skipped: dict[str, str] = {}
+    chosen = [peer for peer in PEERS if peer.name in settings.only]
+    for repeat in range(settings.repeats):
+        for place in range(len(chosen)):
+            peer = chosen[(place + repeat) % len(chosen)]
+            if peer.name in skipped:
+                continue
+            print(f"{repeat + 1}/{settings.repeats}: {peer.name}", file=sys.stderr, flush=True)
+            cells = measured.setdefault(peer.name, {})
+            try:
+                with _running(peer, settings, reference) as (address, pid, versions[peer.name]):
+                    for images, in_flight in settings.cells:
+                        cell = _cell(peer, address, pid, reference, images, in_flight, settings.seconds)
+                        cells.setdefault(f"{images} x {in_flight}", []).append(cell)
+            except BenchmarkError as error:
+                skipped[peer.name] = first_line(str(error), 160)
+                del measured[peer.name]
+    return {
+        "settings": dataclasses.asdict(settings) | {"environments": settings.environments.name},
+        "loader": closed_loop.loader(),
+        "tolerance": TOLERANCE,
+        "peers": {peer.name: {"setting": peer.setting, "versions": versions.get(peer.name)} for peer in chosen},
+        "cells": measured,
+        "skipped": skipped,
+    }
+
+
+@contextlib.contextmanager
+def _running(peer: Peer, settings: Settings, reference: Reference) -> Iterator[tuple[str, int, dict[str, str]]]:
+    """Its address, its first process and its versions; ours is of this very environment, whose versions stand apart."""
+    if peer.name == OURS:
+        with ServerProcess("--threads", "1", environment={"MATVAE_RUNTIME": "onnxruntime"}) as server:
+            yield server.address, server.process.pid, {}
+        return
+    with PeerProcess(peer, settings.environments, reference.model, reference.images[:1]) as process:
+        yield process.address, process.pid, process.versions
+
+
+def _cell(
+    peer: Peer, address: str, pid: int, reference: Reference, images: int, in_flight: int, seconds: float
+) -> dict[str, Any]:
+    """Once: rate, latency, CPU and the largest difference of the codes, before and after.
+
+    HTTP/1.1 carries one request a connection, gRPC all of them on one. CPU is that of the loaded time, the loader's
+    warm-up included, as a share of that time, over the rate.
+    """
+    before, size = reference.check(peer, address, images)
+    used, started = machine.cpu_seconds(pid), time.perf_counter()
+    load = closed_loop.h2load(
+        f"http://{address}{peer.path}",
+        peer.body(reference.images[:images]),
+        headers=closed_loop.GRPC_HEADERS if peer.grpc else ("content-type: application/octet-stream",),
+        in_flight=in_flight,
+        connections=1 if peer.grpc else in_flight,
+        seconds=seconds,
+        reply_bytes=size,
+        http1=not peer.grpc,
+    )
+    took, used_after = time.perf_counter() - started, machine.cpu_seconds(pid)
+    after, _ = reference.check(peer, address, images)
+    rate = load["requests_per_second"] * images
+    if not rate:
+        raise BenchmarkError(f"answered no request in {seconds:g} s")
+    cpu = None if used is None or used_after is None else 1000 * 1000 * (used_after - used) / took / rate
+    return load | {"images_per_second": rate, "cpu_ms_per_1000": cpu, "largest_difference": max(before, after)}
+
+
+def tables(results: dict[str, Any]) -> list[Told]:
+    """A table a cell, the fastest first; then what was set; `results` may come out of a file."""
+    told: list[Told] = []
+    cells: dict[str, dict[str, list[dict[str, Any]]]] = results["cells"]
+    for images, in_flight in results["settings"]["cells"]:
+        rows: list[Sequence[str]] = []
+        for rate, name in _ranking(results, images, in_flight):
+            runs = cells[name][f"{images} x {in_flight}"]
+            ours = cells.get(OURS, {}).get(f"{images} x {in_flight}", [])
+            share = f"{rate / _rate(ours):.2f}" if ours else "-"
+            rows.append(
+                (
+                    f"**{name}**" if name == OURS else name,
+                    spread([one["images_per_second"] for one in runs], 0),
+                    share,
+                    *(spread([one["latency_ms"][key] for one in runs], 2) for key in ("p50", "p99")),
+                    spread([one["cpu_ms_per_1000"] for one in runs if one["cpu_ms_per_1000"] is not None], 1),
+                    str(sum(one["failed"] for one in runs)),
+                )
+            )
+        headings = ("server", "images/s", "of ours", "p50 ms", "p99 ms", "CPU ms per 1,000 images", "failed")
+        plural = "image" if images == 1 else "images"
+        told.append((f"Requests of {images} {plural}, {in_flight} in flight", headings, rows))
+    rows = [
+        (
+            name,
+            peer["setting"],
+            ", ".join(f"{package} {version}" for package, version in (peer["versions"] or {}).items()),
+            _agreement(cells.get(name)) if name in cells else "not measured: " + results["skipped"].get(name, ""),
+        )
+        for name, peer in results["peers"].items()
+    ]
+    told.append(("Settings", ("server", "setting", "versions", "largest difference of a coordinate"), rows))
+    return told
+
+
+def losses(results: dict[str, Any]) -> list[str]:
+    """Where ours is not the fastest: a sentence a cell."""
+    lines = []
+    for images, in_flight in results["settings"]["cells"]:
+        ranking = _ranking(results, images, in_flight)
+        ours = next((rate for rate, name in ranking if name == OURS), None)
+        if ours is None:
+            continue
+        ahead = [f"{name} ({rate / ours:.2f} of our rate)" for rate, name in ranking if rate > ours]
+        if ahead:
+            lines.append(f"{images} x {in_flight}: {', '.join(ahead)}")
+    return lines
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/peers.md."""
+    settings = results["settings"]
+    lost = [f"- {line}." for line in losses(results)] or ["- Nowhere in this run."]
+    return "\n".join(
+        (
+            _INTRODUCTION.format(
+                loader=results["loader"],
+                processor=results["processor"],
+                cores=results["cores"],
+                repeats=settings["repeats"],
+                seconds=settings["seconds"],
+                commit=results["commit"],
+                versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+            ),
+            "## Where ours is not the fastest",
+            "",
+            "Images a request x requests in flight, and who is ahead:",
+            "",
+            *lost,
+            "",
+            "## Measured",
+            "",
+            *(markdown(*told) for told in tables(results)),
+            _READING,
+        )
+    )
+
+
+def _ranking(results: dict[str, Any], images: int, in_flight: int) -> list[tuple[float, str]]:
+    cell = f"{images} x {in_flight}"
+    return sorted(((_rate(of[cell]), name) for name, of in results["cells"].items() if of.get(cell)), reverse=True)
+
+
+def _rate(runs: list[dict[str, Any]]) -> float:
+    return statistics.fmean(one["images_per_second"] for one in runs)
+
+
+def _agreement(cells: dict[str, list[dict[str, Any]]] | None) -> str:
+    return f"{max(one['largest_difference'] for runs in (cells or {}).values() for one in runs):.1e}"
+
+
+_INTRODUCTION = """\
+# Peers: the same encoder, served by others
+
+<!-- Written by `matvae-bench peers --from bench/results/peers.json --page docs/peers.md`; not by hand. -->
+
+One encoder, the packaged bundle's `encoder.onnx` in onnxruntime with one thread; one machine; one loader; one run:
+
+    make peers                     # an environment for each peer, in .venv-peers
+    matvae-bench peers --out bench/results/peers.json --page docs/peers.md
+
+Each peer is one file in [bench/peers](../bench/peers), at the best setting that its documentation and a few trials
+gave, in an environment of its own, with one worker, since there is one encoder thread. A request is uint8 pixels, a
+reply float32[128] a row. Before and after each cell the codes are compared with the encoder's own, within 1e-4; replies
+of the wrong length count as failed.
+
+Measured with {loader} on {processor}, {cores} cores, which server and loader share; {repeats} x {seconds:g} s a cell,
+mean ± standard deviation; servers run one at a time and take turns. Commit {commit}; {versions}.
+Raw numbers: [peers.json](../bench/results/peers.json).
+"""
+
+_READING = """\
+## Reading it
+
+- The loader posts the same request again and again. HTTP/1.1 carries one request a connection, so a peer on HTTP has as
+  many connections as requests in flight; on gRPC all share one.
+- CPU is that of the server's processes, from `/proc`, the loader's own left out.
+- Ours carries a message where the bare peers carry bytes: shape, prefix, precision and fingerprint, a check of every
+  image, an error for each bad one, admission and deadlines. What that costs is in its row.
+- mosec and LitServe count a batch in requests, so batching has two rows: at 64 images a request a batch of requests is a
+  far larger call of the encoder. Ray Serve and PyTriton count images.
+- Ray Serve and PyTriton are made for many models, replicas or GPUs; on two cores one sees what that costs, not what it
+  buys.
+- Not measured: other machines, GPUs, more than one worker, encoders that take milliseconds. There the server's own cost
+  matters less, and so does this page.
+"""

@@ -1,0 +1,34 @@
+"""PyTriton: NVIDIA's Triton server, the encoder in a Python process; a batch is counted in images."""
+
+from __future__ import annotations
+
+import encoder
+import numpy as np
+from pytriton.decorators import batch
+from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
+from pytriton.triton import Triton, TritonConfig
+
+if __name__ == "__main__":
+    model = encoder.Encoder()
+
+    @batch
+    def embed(images: np.ndarray) -> list[np.ndarray]:
+        """What Triton made a batch of."""
+        return [model.encode(images)]
+
+    triton = Triton(
+        config=TritonConfig(
+            allow_http=True, http_address="127.0.0.1", http_port=0, grpc_address="127.0.0.1", grpc_port=encoder.port(), allow_metrics=False
+        )
+    )
+    triton.bind(
+        model_name="encoder",
+        infer_func=embed,
+        inputs=[Tensor(name="images", dtype=np.uint8, shape=(28, 28, 1))],
+        outputs=[Tensor(name="codes", dtype=np.float32, shape=(128,))],
+        config=ModelConfig(
+            max_batch_size=encoder.BATCH,
+            batcher=DynamicBatcher(max_queue_delay_microseconds=1000 * encoder.WAIT_MS),
+        ),
+    )
+    triton.serve()
