@@ -56,7 +56,11 @@ def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> Non
 
     peers = add("peers", _peers, "the same encoder served by others: rate, latency, CPU, vectors checked")
     peers.add_argument(
-        "--environments", type=Path, default=Path(".venv-peers"), metavar="DIR", help="(default .venv-peers: make peers)"
+        "--environments",
+        type=Path,
+        default=Path(".venv-peers"),
+        metavar="DIR",
+        help="(default .venv-peers: make peers)",
     )
     peers.add_argument("--seconds", type=duration, default=3, help="how long each cell lasts (default 3)")
     peers.add_argument("--repeats", type=whole_number(1), default=3, help="of every cell (default 3)")

@@ -131,7 +131,7 @@ class PeerProcess:
         self.versions = _versions(python, peer.packages)
         port = _free_port()
         self.address = f"127.0.0.1:{port}"
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         told = {"PEER_MODEL": str(model.absolute()), "PEER_PORT": str(port), "PEER_BATCH": str(peer.batch)}
         unwanted = ("PYTHONPATH", "VIRTUAL_ENV")
         path = f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -107,7 +107,7 @@ PEERS = (
         start_seconds=120.0,
     ),
 )
-"""Batching or not is two rows where a peer counts a batch in requests: what helps single images hurts large requests."""
+"""Where a peer counts a batch in requests, it has two rows: what helps single images hurts large requests."""
 
 NAMES = tuple(peer.name for peer in PEERS)
 
@@ -181,7 +181,8 @@ def run(settings: Settings) -> dict[str, Any]:
             try:
                 with _running(peer, settings, reference) as (address, pid, versions[peer.name]):
                     for images, in_flight in settings.cells:
-                        cell = _cell(peer, address, pid, reference, images, in_flight, settings.seconds)
+                        size = {"images": images, "in_flight": in_flight, "seconds": settings.seconds}
+                        cell = _cell(peer, address, pid, reference, **size)
                         cells.setdefault(f"{images} x {in_flight}", []).append(cell)
             except BenchmarkError as error:
                 skipped[peer.name] = first_line(str(error), 160)
@@ -208,7 +209,7 @@ def _running(peer: Peer, settings: Settings, reference: Reference) -> Iterator[t
 
 
 def _cell(
-    peer: Peer, address: str, pid: int, reference: Reference, images: int, in_flight: int, seconds: float
+    peer: Peer, address: str, pid: int, reference: Reference, *, images: int, in_flight: int, seconds: float
 ) -> dict[str, Any]:
     """Once: rate, latency, CPU and the largest difference of the codes, before and after.
 
@@ -356,7 +357,7 @@ _READING = """\
 - CPU is that of the server's processes, from `/proc`, the loader's own left out.
 - Ours carries a message where the bare peers carry bytes: shape, prefix, precision and fingerprint, a check of every
   image, an error for each bad one, admission and deadlines. What that costs is in its row.
-- mosec and LitServe count a batch in requests, so batching has two rows: at 64 images a request a batch of requests is a
+- mosec and LitServe count a batch in requests, so they have two rows: at 64 images a request a batch of requests is a
   far larger call of the encoder. Ray Serve and PyTriton count images.
 - Ray Serve and PyTriton are made for many models, replicas or GPUs; on two cores one sees what that costs, not what it
   buys.

@@ -10,7 +10,7 @@ from fastapi import Body, Response
 class Embedder(litserve.LitAPI):
     """Bytes on both sides. LitServe reads the annotations, so they are no strings here."""
 
-    def setup(self, device: str) -> None:
+    def setup(self, device: str) -> None:  # noqa: ARG002 - LitServe's own
         """In the worker."""
         self._model = encoder.Encoder()
 

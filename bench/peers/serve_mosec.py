@@ -8,7 +8,7 @@ import encoder
 
 os.environ |= {"MOSEC_PORT": str(encoder.port()), "MOSEC_ADDRESS": "127.0.0.1", "MOSEC_LOG_LEVEL": "warning"}
 
-import mosec  # noqa: E402 - reads the environment
+import mosec  # which reads the environment
 
 
 class Embedder(mosec.Worker):

@@ -16,10 +16,9 @@ if __name__ == "__main__":
         """What Triton made a batch of."""
         return [model.encode(images)]
 
+    # Without HTTP, which would want a port of its own.
     triton = Triton(
-        config=TritonConfig(
-            allow_http=True, http_address="127.0.0.1", http_port=0, grpc_address="127.0.0.1", grpc_port=encoder.port(), allow_metrics=False
-        )
+        config=TritonConfig(allow_http=False, allow_metrics=False, grpc_address="127.0.0.1", grpc_port=encoder.port())
     )
     triton.bind(
         model_name="encoder",

@@ -13,11 +13,11 @@ os.environ |= {
     "PYTHONPATH": str(Path(__file__).parent),  # for the proxy, which imports `add_to_server`
 }
 
-import encoder  # noqa: E402
-import grpc  # noqa: E402
-import ray  # noqa: E402 - reads the environment
-from google.protobuf.wrappers_pb2 import BytesValue  # noqa: E402
-from ray import serve  # noqa: E402
+import encoder
+import grpc
+import ray  # which reads the environment
+from google.protobuf.wrappers_pb2 import BytesValue
+from ray import serve
 
 IMAGE_BYTES = 28 * 28
 
@@ -46,9 +46,7 @@ class Embedder:
     def __init__(self) -> None:
         self._model = encoder.Encoder()
 
-    @serve.batch(
-        max_batch_size=encoder.BATCH, batch_wait_timeout_s=encoder.WAIT_MS / 1000, batch_size_fn=images
-    )
+    @serve.batch(max_batch_size=encoder.BATCH, batch_wait_timeout_s=encoder.WAIT_MS / 1000, batch_size_fn=images)
     async def _several(self, requests: list[BytesValue]) -> list[BytesValue]:
         return [BytesValue(value=codes) for codes in self._model.several([request.value for request in requests])]
 
