@@ -141,11 +141,11 @@ def _soak(options: argparse.Namespace) -> None:
 
 
 def _peers(options: argparse.Namespace) -> None:
-    from matvae_bench import peers
+    from matvae_bench import peer_list, peers
 
-    only = tuple(options.only or peers.NAMES)
-    if unknown := set(only) - set(peers.NAMES):
-        raise BenchmarkError(f"--only: no peer is called {unknown.pop()}, there are: {'; '.join(peers.NAMES)}")
+    only = tuple(options.only or peer_list.NAMES)
+    if unknown := set(only) - set(peer_list.NAMES):
+        raise BenchmarkError(f"--only: no peer is called {unknown.pop()}, there are: {'; '.join(peer_list.NAMES)}")
     settings = peers.Settings(
         environments=options.environments, seconds=options.seconds, repeats=options.repeats, only=only
     )

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from matvae.v1 import embedding_pb2 as pb
-from matvae_bench import closed_loop, machine, payloads
+from matvae_bench import closed_loop, machine
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.images import LabelledImages
 from matvae_bench.output import Told, first_line, markdown, spread
-from matvae_bench.peer_process import Floats, Images, Peer, PeerProcess, triton_request, wrapped
+from matvae_bench.peer_list import NAMES, OURS, PEERS
+from matvae_bench.peer_process import Floats, Images, Peer, PeerProcess
 from matvae_bench.server_process import ServerProcess
 
 CELLS = ((1, 1), (1, 64), (64, 1), (64, 8))
@@ -27,89 +28,6 @@ CELLS = ((1, 1), (1, 64), (64, 1), (64, 8))
 
 TOLERANCE = 1e-4
 """The largest difference of a coordinate from what the encoder itself says, as between the runtimes."""
-
-OURS = "matvae-serve"
-_BATCH = 64
-
-
-def _ours(images: Images) -> bytes:
-    return pb.EmbedRequest(raw=pb.RawImages(pixels=images.tobytes(), shape=images.shape)).SerializeToString()
-
-
-PEERS = (
-    Peer(
-        name=OURS,
-        environment="",
-        setting="`--threads 1`; gRPC, unary, a checked message",
-        packages=(),
-        path=payloads.EMBED,
-        grpc=True,
-        request=_ours,
-    ),
-    Peer(
-        name="grpc.aio",
-        environment="grpc",
-        setting="uvloop; bytes in, bytes out; no batching",
-        packages=("grpcio", "uvloop", "onnxruntime"),
-        path="/peers.Embedding/Embed",
-        grpc=True,
-    ),
-    Peer(
-        name="mosec, batching",
-        environment="mosec",
-        setting="HTTP; 1 worker, batches of at most 64 requests, 1 ms wait",
-        packages=("mosec", "onnxruntime"),
-        path="/inference",
-        batch=_BATCH,
-    ),
-    Peer(
-        name="mosec",
-        environment="mosec",
-        setting="HTTP; 1 worker, no batching",
-        packages=("mosec", "onnxruntime"),
-        path="/inference",
-    ),
-    Peer(
-        name="LitServe, batching",
-        environment="litserve",
-        setting="HTTP; 1 worker, fast_queue, batches of at most 64 requests, 1 ms wait",
-        packages=("litserve", "fastapi", "uvicorn", "onnxruntime"),
-        path="/embed",
-        batch=_BATCH,
-    ),
-    Peer(
-        name="LitServe",
-        environment="litserve",
-        setting="HTTP; 1 worker, fast_queue, no batching",
-        packages=("litserve", "fastapi", "uvicorn", "onnxruntime"),
-        path="/embed",
-    ),
-    Peer(
-        name="Ray Serve",
-        environment="ray",
-        setting="gRPC proxy, RAY_SERVE_THROUGHPUT_OPTIMIZED; 1 replica, batches of at most 64 images, 1 ms wait",
-        packages=("ray", "grpcio", "onnxruntime"),
-        path="/peers.Embedding/Embed",
-        grpc=True,
-        batch=_BATCH,
-        request=wrapped,
-        start_seconds=180.0,
-    ),
-    Peer(
-        name="PyTriton",
-        environment="pytriton",
-        setting="gRPC; dynamic batcher, at most 64 images, 1 ms wait",
-        packages=("nvidia-pytriton", "onnxruntime"),
-        path="/inference.GRPCInferenceService/ModelInfer",
-        grpc=True,
-        batch=_BATCH,
-        request=triton_request,
-        start_seconds=120.0,
-    ),
-)
-"""Where a peer counts a batch in requests, it has two rows: what helps single images hurts large requests."""
-
-NAMES = tuple(peer.name for peer in PEERS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,8 +99,9 @@ def run(settings: Settings) -> dict[str, Any]:
             try:
                 with _running(peer, settings, reference) as (address, pid, versions[peer.name]):
                     for images, in_flight in settings.cells:
-                        size = {"images": images, "in_flight": in_flight, "seconds": settings.seconds}
-                        cell = _cell(peer, address, pid, reference, **size)
+                        cell = _cell(
+                            peer, address, pid, reference, images=images, in_flight=in_flight, seconds=settings.seconds
+                        )
                         cells.setdefault(f"{images} x {in_flight}", []).append(cell)
             except BenchmarkError as error:
                 skipped[peer.name] = first_line(str(error), 160)

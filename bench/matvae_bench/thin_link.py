@@ -263,7 +263,7 @@ _READING = """\
 
 - **Ids count.** An id of five characters takes seven bytes: more than the code itself up to 4 dimensions of int8, or
   32 of binary.
-- A round trip is the floor: below it fewer bytes buy nothing. On a fast link that is soon reached, on a slow one seldom.
+- A round trip is the floor: below it fewer bytes buy nothing. A fast link soon reaches it, a slow one seldom.
 - A query sends an image up and a short code down, so its precision hardly matters; how many round trips it takes does.
   Ask with several images in one message where they are there at once; callers that each have one share messages
   through [`client.coalesce`](clients.md).

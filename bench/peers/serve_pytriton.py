@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sysconfig
+from pathlib import Path
+
 import encoder
 import numpy as np
 from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
 
+# Triton's Python backend brings a libpython of its own, and finds this Python's standard library with it. Where that is
+# newer, the two do not fit (3.11.7: an RLock without _recursion_count), and the model never loads. So: this Python's.
+_LIBRARY = Path(sysconfig.get_config_var("LIBDIR") or "", sysconfig.get_config_var("INSTSONAME") or "")
+
 if __name__ == "__main__":
+    if _LIBRARY.is_file() and ".so" in _LIBRARY.name:
+        os.environ["LD_PRELOAD"] = str(_LIBRARY)
     model = encoder.Encoder()
 
     @batch
