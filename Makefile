@@ -9,7 +9,7 @@ STUB_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0
 STUBS := .venv-stubs
 BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: demo test lint format stubs release-proto lock client-cost wheel clean
+.PHONY: demo test lint format stubs release-proto lock client-cost peers wheel clean
 
 demo: $(VENV)/.demo  ## the main job, end to end, in under a minute once installed
 	$(BIN)/matvae-bench demo
@@ -39,6 +39,9 @@ release-proto:  ## at a release: what `buf breaking` compares with from then on
 
 client-cost: $(VENV)/.demo  ## what a constrained client pays: bytes installed, import time, memory
 	$(BIN)/matvae-bench client-cost
+
+peers:  ## an environment for each peer of `matvae-bench peers`; one that cannot be installed is left out
+	PYTHON=$(PYTHON) bench/peers/setup .venv-peers
 
 wheel: $(VENV)/.test
 	$(BIN)/hatchling build
