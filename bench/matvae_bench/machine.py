@@ -31,6 +31,11 @@ def on_core(core: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def load_average() -> float | None:
+    """How many processes wanted a core in the last minute: what else a machine does while something is measured."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def resident_bytes(process: int) -> int | None:
     """Memory resident of a process and all that descend from it; None once it is gone, or where nothing tells."""
     return _total(process, _resident)

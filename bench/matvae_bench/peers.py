@@ -8,7 +8,8 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from matvae.v1 import embedding_pb2 as pb
 from matvae_bench import closed_loop, machine
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.images import LabelledImages
-from matvae_bench.output import Told, first_line, markdown, spread
+from matvae_bench.output import Told, first_line, known, markdown, spread
 from matvae_bench.peer_list import NAMES, OURS, PEERS
 from matvae_bench.peer_process import Floats, Images, Peer, PeerProcess
 from matvae_bench.server_process import ServerProcess
@@ -48,17 +49,17 @@ class Reference:
         import onnxruntime
 
         self.model = model
-        self.images: Images = LabelledImages.sample().query_images[:64]
+        self.images: Images = LabelledImages.sample().query_images[:128]
         session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
         self._codes: Floats = session.run(["codes"], {"images": self.images})[0]
 
-    def check(self, peer: Peer, address: str, count: int) -> tuple[float, int]:
-        """Ask for `count` codes: the largest difference from the encoder's own, and the bytes of the reply's body.
+    def check(self, peer: Peer, address: str, count: int, *, start: int = 0) -> tuple[float, int]:
+        """Ask for the codes of `count` images: the largest difference from the encoder's own, and the reply's bytes.
 
         Raises BenchmarkError where they differ by more than TOLERANCE, or are not so many.
         """
-        expected = self._codes[:count]
-        reply = peer.call(address, self.images[:count])
+        expected = self._codes[start : start + count]
+        reply = peer.call(address, self.images[start : start + count])
         data = pb.EmbedResponse.FromString(reply).codes.data if peer.name == OURS else reply[-expected.nbytes :]
         if len(data) != expected.nbytes:
             raise BenchmarkError(f"answered {len(data)} bytes of codes to {count} images, not {expected.nbytes}")
@@ -87,6 +88,7 @@ def run(settings: Settings) -> dict[str, Any]:
     reference = Reference(packaged_encoder())
     measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
     versions: dict[str, dict[str, str]] = {}
+    busy = machine.load_average()
     skipped: dict[str, str] = {}
     chosen = [peer for peer in PEERS if peer.name in settings.only]
     for repeat in range(settings.repeats):
@@ -109,6 +111,7 @@ def run(settings: Settings) -> dict[str, Any]:
     return {
         "settings": dataclasses.asdict(settings) | {"environments": settings.environments.name},
         "loader": closed_loop.loader(),
+        "load_average": busy,
         "tolerance": TOLERANCE,
         "peers": {peer.name: {"setting": peer.setting, "versions": versions.get(peer.name)} for peer in chosen},
         "cells": measured,
@@ -130,30 +133,39 @@ def _running(peer: Peer, settings: Settings, reference: Reference) -> Iterator[t
 def _cell(
     peer: Peer, address: str, pid: int, reference: Reference, *, images: int, in_flight: int, seconds: float
 ) -> dict[str, Any]:
-    """Once: rate, latency, CPU and the largest difference of the codes, before and after.
+    """Once: rate, latency, CPU, and the largest difference of the codes before, in the middle and after.
 
     HTTP/1.1 carries one request a connection, gRPC all of them on one. CPU is that of the loaded time, the loader's
     warm-up included, as a share of that time, over the rate.
     """
+
+    def check_others() -> tuple[float, int]:
+        """Under load, and of other images than the loader's: who mixes up what shares a batch is found out."""
+        time.sleep(closed_loop.WARM_UP_SECONDS + seconds / 2)
+        return reference.check(peer, address, images, start=len(reference.images) - images)
+
     before, size = reference.check(peer, address, images)
     used, started = machine.cpu_seconds(pid), time.perf_counter()
-    load = closed_loop.h2load(
-        f"http://{address}{peer.path}",
-        peer.body(reference.images[:images]),
-        headers=closed_loop.GRPC_HEADERS if peer.grpc else ("content-type: application/octet-stream",),
-        in_flight=in_flight,
-        connections=1 if peer.grpc else in_flight,
-        seconds=seconds,
-        reply_bytes=size,
-        http1=not peer.grpc,
-    )
-    took, used_after = time.perf_counter() - started, machine.cpu_seconds(pid)
+    with ThreadPoolExecutor(1) as pool:
+        middle = pool.submit(check_others)
+        load = closed_loop.h2load(
+            f"http://{address}{peer.path}",
+            peer.body(reference.images[:images]),
+            headers=closed_loop.GRPC_HEADERS if peer.grpc else ("content-type: application/octet-stream",),
+            in_flight=in_flight,
+            connections=1 if peer.grpc else in_flight,
+            seconds=seconds,
+            reply_bytes=size,
+            http1=not peer.grpc,
+        )
+        took, used_after = time.perf_counter() - started, machine.cpu_seconds(pid)
     after, _ = reference.check(peer, address, images)
     rate = load["requests_per_second"] * images
     if not rate:
         raise BenchmarkError(f"answered no request in {seconds:g} s")
     cpu = None if used is None or used_after is None else 1000 * 1000 * (used_after - used) / took / rate
-    return load | {"images_per_second": rate, "cpu_ms_per_1000": cpu, "largest_difference": max(before, after)}
+    largest = max(before, middle.result()[0], after)
+    return load | {"images_per_second": rate, "cpu_ms_per_1000": cpu, "largest_difference": largest}
 
 
 def tables(results: dict[str, Any]) -> list[Told]:
@@ -183,7 +195,7 @@ def tables(results: dict[str, Any]) -> list[Told]:
         (
             name,
             peer["setting"],
-            ", ".join(f"{package} {version}" for package, version in (peer["versions"] or {}).items()),
+            ", ".join(f"{package} {version}" for package, version in (peer["versions"] or {}).items()) or "-",
             _agreement(cells.get(name)) if name in cells else "not measured: " + results["skipped"].get(name, ""),
         )
         for name, peer in results["peers"].items()
@@ -192,47 +204,59 @@ def tables(results: dict[str, Any]) -> list[Told]:
     return told
 
 
-def losses(results: dict[str, Any]) -> list[str]:
-    """Where ours is not the fastest: a sentence a cell."""
-    lines = []
+def losses(results: dict[str, Any]) -> Told:
+    """By cell, who is faster than ours, answers sooner at p99, or needs less CPU, by how much; means of all repeats."""
+    measures: tuple[Callable[[dict[str, Any]], float | None], ...] = (
+        lambda one: one["images_per_second"],
+        lambda one: one["latency_ms"]["p99"],
+        lambda one: one["cpu_ms_per_1000"],
+    )
+    rows = []
     for images, in_flight in results["settings"]["cells"]:
-        ranking = _ranking(results, images, in_flight)
-        ours = next((rate for rate, name in ranking if name == OURS), None)
-        if ours is None:
-            continue
-        ahead = [f"{name} ({rate / ours:.2f} of our rate)" for rate, name in ranking if rate > ours]
-        if ahead:
-            lines.append(f"{images} x {in_flight}: {', '.join(ahead)}")
-    return lines
+        cell = f"{images} x {in_flight}"
+        row = [cell]
+        for more_is_better, measure in zip((True, False, False), measures, strict=True):
+            means = {
+                name: statistics.fmean(values)
+                for name, cells in results["cells"].items()
+                if (values := [value for one in cells.get(cell, ()) if (value := measure(one)) is not None])
+            }
+            ours = means.pop(OURS, None)
+            ratios = {name: mean / ours for name, mean in means.items()} if ours else {}
+            ahead = {name: ratio for name, ratio in ratios.items() if (ratio > 1) == more_is_better and ratio != 1}
+            told = (f"{name} {ratio:.2f}" for name, ratio in sorted(ahead.items(), key=lambda one: one[1]))
+            row.append("; ".join(list(told)[:: -1 if more_is_better else 1]) or ("none" if ours else "-"))
+        rows.append(row)
+    headings = ("images x in flight", "faster: images/s of ours", "sooner: p99 of ours", "less CPU, of ours")
+    return "Who is ahead of ours, and by which factor", headings, rows
 
 
 def page(results: dict[str, Any]) -> str:
     """docs/peers.md."""
     settings = results["settings"]
-    lost = [f"- {line}." for line in losses(results)] or ["- Nowhere in this run."]
     return "\n".join(
         (
             _INTRODUCTION.format(
                 loader=results["loader"],
                 processor=results["processor"],
                 cores=results["cores"],
+                busy=known(results["load_average"], ".1f"),
                 repeats=settings["repeats"],
                 seconds=settings["seconds"],
+                date=results["date"],
                 commit=results["commit"],
-                versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+                versions=", ".join(f"{name} {results['versions'].get(name, '?')}" for name in _TOLD_VERSIONS),
             ),
-            "## Where ours is not the fastest",
-            "",
-            "Images a request x requests in flight, and who is ahead:",
-            "",
-            *lost,
-            "",
-            "## Measured",
-            "",
+            "## Where ours is not the best\n",
+            markdown(*losses(results)),
+            "## Measured\n",
             *(markdown(*told) for told in tables(results)),
             _READING,
         )
     )
+
+
+_TOLD_VERSIONS = ("matvae", "grpcio", "onnxruntime", "numpy")
 
 
 def _ranking(results: dict[str, Any], images: int, in_flight: int) -> list[tuple[float, str]]:
@@ -260,11 +284,12 @@ One encoder, the packaged bundle's `encoder.onnx` in onnxruntime with one thread
 
 Each peer is one file in [bench/peers](../bench/peers), at the best setting that its documentation and a few trials
 gave, in an environment of its own, with one worker, since there is one encoder thread. A request is uint8 pixels, a
-reply float32[128] a row. Before and after each cell the codes are compared with the encoder's own, within 1e-4; replies
-of the wrong length count as failed.
+reply float32[128] a row. Before, in the middle of and after each cell codes are compared with the encoder's own, within
+1e-4; replies of the wrong length count as failed.
 
-Measured with {loader} on {processor}, {cores} cores, which server and loader share; {repeats} x {seconds:g} s a cell,
-mean ± standard deviation; servers run one at a time and take turns. Commit {commit}; {versions}.
+Measured with {loader} on {date}, {processor}, {cores} cores, which server and loader share; load average {busy} as it
+began. {repeats} x {seconds:g} s a cell, mean ± standard deviation; servers run one at a time and take turns. A
+difference within those spreads says nothing. Commit {commit}; ours with {versions}.
 Raw numbers: [peers.json](../bench/results/peers.json).
 """
 
@@ -273,6 +298,8 @@ _READING = """\
 
 - The loader posts the same request again and again. HTTP/1.1 carries one request a connection, so a peer on HTTP has as
   many connections as requests in flight; on gRPC all share one.
+- A wait of 1 ms for others to share a call costs a lone caller what it gains many; so peers that batch are slow at one
+  in flight.
 - CPU is that of the server's processes, from `/proc`, the loader's own left out.
 - Ours carries a message where the bare peers carry bytes: shape, prefix, precision and fingerprint, a check of every
   image, an error for each bad one, admission and deadlines. What that costs is in its row.

@@ -140,6 +140,7 @@ def thin_links(results: dict[str, Any], path: Path) -> None:
 
     figure, (pulls, queries) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", width_ratios=(3, 2))
     settings = results["settings"]
+    kinds: tuple[tuple[str, str, Any], ...] = (("one by one", "o", "-"), ("in one message", "s", "--"))
     for number, one in enumerate(results["links"]):
         colour = list(_COLOURS.values())[number % len(_COLOURS)]
         line = sorted({(pull["payload_bytes"], pull["model_seconds"]) for pull in one["pulls"]})
@@ -148,14 +149,18 @@ def thin_links(results: dict[str, Any], path: Path) -> None:
             points = [p for p in one["pulls"] if p["precision"] == precision and p["seconds"] is not None]
             x, y = [p["payload_bytes"] for p in points], [p["seconds"] for p in points]
             pulls.plot(x, y, linestyle="", marker=marker, markersize=5, color=colour)
-        for how, marker, style in (("one by one", "o", "-"), ("in one message", "s", "--")):
+        for how, marker, style in kinds:
             asked = [query for query in one["queries"] if query["how"] == how]
             names = [f"{query['dimensions']}-d\n{query['precision']}" for query in asked]
             queries.plot(names, [query["model_seconds"] for query in asked], color=colour, linestyle=style, linewidth=1)
             queries.plot(names, [query["seconds"] for query in asked], color=colour, linestyle="", marker=marker)
     pulls.set(xscale="log", xlabel="bytes of codes and ids", title=f"a gallery of {settings['gallery']:,} codes")
-    queries.set(title=f"{settings['queries']} queries: one by one (dots), in one message (squares)")
-    queries.title.set_fontsize(10)
+    queries.set(title=f"{settings['queries']} queries")
+    queries.legend(
+        handles=[Line2D([], [], linestyle=s, marker=m, color="#777777", label=label) for label, m, s in kinds],
+        fontsize=8,
+        loc="center right",
+    )
     for axes in (pulls, queries):
         axes.set(yscale="log", ylabel="seconds")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from matvae.v1 import codec
+from matvae_bench import machine
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.images import LabelledImages
 from matvae_bench.link import Link, Proxy
@@ -59,7 +60,7 @@ def run(settings: Settings) -> dict[str, Any]:
     Once each: the link decides, and it is the same every time. Of what is left to the model, `seconds` and `bytes` are
     None. Raises BenchmarkError where what arrives is not what the server computed.
     """
-    images = LabelledImages.sample()
+    images, busy = LabelledImages.sample(), machine.load_average()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="matvae-thin-"))) / _GALLERY
         whole = _gallery(folder, settings.gallery, images)
@@ -76,7 +77,7 @@ def run(settings: Settings) -> dict[str, Any]:
                         "queries": list(_queries(settings, link, proxy, client, images)),
                     }
                 )
-    return {"settings": dataclasses.asdict(settings), "links": links}
+    return {"settings": dataclasses.asdict(settings), "load_average": busy, "links": links}
 
 
 def _gallery(folder: Path, count: int, images: LabelledImages) -> Codes:
@@ -165,8 +166,8 @@ def tables(results: dict[str, Any]) -> list[Told]:
     told.append((f"{settings['queries']} queries", headings, rows))
     told.append(
         (
-            "Measured beside the model",
-            ("link", "pulls measured", "of the model", "queries one by one", "in one message", "connect s", "kB"),
+            "Measured, as a multiple of the model: from the least to the most; and what the first call takes",
+            ("link", "pulls measured", "pulls", "queries one by one", "in one message", "first call, s", "kB"),
             [_error_row(one) for one in results["links"]],
         )
     )
@@ -188,7 +189,8 @@ def page(results: dict[str, Any]) -> str:
                 round_trip=2000 * delay,
                 id_bytes=_ID_BYTES,
                 gallery=settings["gallery"],
-                repeats="once",
+                cores=results["cores"],
+                busy=known(results["load_average"], ".1f"),
                 queries=settings["queries"],
             ),
             *(markdown(*told) for told in tables(results)),
@@ -252,9 +254,11 @@ pull the payload is the codes and {id_bytes} bytes for each id, for queries the 
 nothing of headers, of flow control, or of the server. A pull that it says takes longer than {longest:g} s was not
 measured, and has a dash.
 
-Each cell was measured {repeats}, on {date}, commit {commit}, {processor}: the link decides, not the machine. The proxy
-stands in for `tc netem`, which needs root and a kernel that has it. It leaves out what TCP itself does on such a link:
-slow start (a few more round trips on a new connection), loss, and the headers of packets (some 4 %).
+Each cell was measured once, on {date}, commit {commit}, {processor}, {cores} cores, load average {busy} as it began.
+The link decides; the machine shows in the queries one by one, a hundred times over.
+
+The proxy stands in for `tc netem`, which needs root and a kernel that has it. It leaves out what TCP itself does on such
+a link: slow start (a few more round trips on a new connection), loss, and the headers of packets (some 4 %).
 Raw numbers: [thin-link.json](../bench/results/thin-link.json).
 """
 
@@ -267,5 +271,5 @@ _READING = """\
 - A query sends an image up and a short code down, so its precision hardly matters; how many round trips it takes does.
   Ask with several images in one message where they are there at once; callers that each have one share messages
   through [`client.coalesce`](clients.md).
-- The first call of a client fetches the model's card as well: "connect" above. Keep the client.
+- The first call of a client fetches the model's card as well. Keep the client.
 """
