@@ -257,7 +257,7 @@ measured, and has a dash.
 Each cell was measured once, on {date}, commit {commit}, {processor}, {cores} cores, load average {busy} as it began.
 The link decides; the machine shows in the queries one by one, a hundred times over.
 
-The proxy stands in for `tc netem`, which needs root and a kernel that has it. It leaves out what TCP itself does on such
+The proxy stands in for `tc netem`, which needs root and a kernel that has it. It leaves out what TCP does on such
 a link: slow start (a few more round trips on a new connection), loss, and the headers of packets (some 4 %).
 Raw numbers: [thin-link.json](../bench/results/thin-link.json).
 """

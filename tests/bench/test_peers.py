@@ -1,10 +1,14 @@
 """`matvae-bench peers`: a real peer in an environment of its own, vectors checked, and peers that are missing."""
 
 import functools
+import http.server
 import json
 import shutil
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,6 +63,63 @@ def test_a_peer_that_ends_says_why(environments: Path, reference: peers.Referenc
         PeerProcess(BARE, environments, tmp_path / "no-such.onnx", reference.images[:1])
 
 
+@pytest.mark.skipif(not shutil.which("h2load"), reason="h2load is not installed")
+def test_a_cell_of_a_real_peer(environments: Path, reference: peers.Reference) -> None:
+    with PeerProcess(BARE, environments, reference.model, reference.images[:1]) as peer:
+        cell = peers._cell(BARE, peer.address, peer.pid, reference, images=2, in_flight=2, seconds=1.0)
+    assert cell["images_per_second"] == 2 * cell["requests_per_second"] > 0
+    assert cell["latency_ms"]["p50"] <= cell["latency_ms"]["p99"]
+    assert cell["failed"] == 0
+    assert cell["cpu_ms_per_1000"] is None or cell["cpu_ms_per_1000"] > 0
+
+
+class Backwards(http.server.BaseHTTPRequestHandler):
+    """Answers a body with its bytes in reverse, and an empty one with an error."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))[::-1]
+        self.send_response(200 if body else 500)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def backwards() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Backwards) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_peer_on_http(backwards: str) -> None:
+    peer = Peer(name="p", environment="p", setting="", packages=(), path="/any")
+    images = np.arange(6, dtype=np.uint8).reshape(1, 2, 3, 1)
+    assert peer.call(backwards, images) == images.tobytes()[::-1]
+    with pytest.raises(BenchmarkError, match="HTTP 500"):
+        peer.call(backwards, images[:0])
+    with pytest.raises(BenchmarkError, match="refused"):
+        peer.call("127.0.0.1:1", images)
+
+
+@pytest.mark.skipif(not shutil.which("h2load"), reason="h2load is not installed")
+def test_h2load_speaks_http_1(backwards: str) -> None:
+    load: dict[str, Any] = {"in_flight": 2, "connections": 2, "seconds": 1.0, "http1": True}
+    good = closed_loop.h2load(f"http://{backwards}/", b"123", reply_bytes=3, **load)
+    assert good["requests_per_second"] > 0
+    assert good["failed"] == 0
+    short = closed_loop.h2load(f"http://{backwards}/", b"123", reply_bytes=300, **load)
+    assert short["failed"] > 0, "replies of the wrong length"
+
+
 def loaded(*_: object, **__: object) -> dict:
     """What h2load would have measured."""
     latency = {"p50": 1.0, "p95": 2.0, "p99": 3.0, "mean": 1.5}
@@ -68,10 +129,8 @@ def loaded(*_: object, **__: object) -> dict:
 def test_the_command_measures_what_is_there_and_says_what_is_not(
     environments: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    if shutil.which("h2load"):
-        monkeypatch.setattr(closed_loop, "WARM_UP_SECONDS", 0.05)
-    else:
-        monkeypatch.setattr(closed_loop, "h2load", loaded)
+    monkeypatch.setattr(closed_loop, "WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr(closed_loop, "h2load", loaded)
     monkeypatch.setattr(peers, "Settings", functools.partial(peers.Settings, cells=((1, 2), (64, 1))))
     out, page = tmp_path / "peers.json", tmp_path / "peers.md"
     only = (word for name in (OURS, "grpc.aio", "mosec") for word in ("--only", name))
