@@ -11,6 +11,7 @@ import dataclasses
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -196,7 +197,12 @@ class PeerProcess:
     def _last_words(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else f"without a word, status {self._process.returncode}"
+        # Of a path the last part: the rest is a matter of the machine.
+        return (
+            re.sub(r"/(?:[\w.-]+/)+", "", lines[-1].strip())
+            if lines
+            else f"without a word, status {self._process.returncode}"
+        )
 
 
 def _free_port() -> int:

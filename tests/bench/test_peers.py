@@ -59,8 +59,9 @@ def test_a_peer_that_answers_fewer_codes_is_found_out(monkeypatch, reference: pe
 
 
 def test_a_peer_that_ends_says_why(environments: Path, reference: peers.Reference, tmp_path: Path) -> None:
-    with pytest.raises(BenchmarkError, match=r"it ended: .*no-such\.onnx"):
+    with pytest.raises(BenchmarkError, match=r"it ended: .*no-such\.onnx") as failed:
         PeerProcess(BARE, environments, tmp_path / "no-such.onnx", reference.images[:1])
+    assert str(tmp_path) not in str(failed.value)
 
 
 @pytest.mark.skipif(not shutil.which("h2load"), reason="h2load is not installed")
