@@ -37,6 +37,13 @@ Images = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 
+class RefusedError(BenchmarkError):
+    """A server that has enough to do for now: come again."""
+
+
+_REFUSED_STATUS = (429, 503)
+
+
 def pixels(images: Images) -> bytes:
     """The request of a peer that takes bytes as they are."""
     return images.tobytes()
@@ -72,7 +79,8 @@ class Peer:
                 try:
                     reply: bytes = call(self.request(images), timeout=seconds)
                 except grpc.RpcError as error:
-                    raise BenchmarkError(f"{error.code().name}: {error.details()}") from None
+                    kind = RefusedError if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED else BenchmarkError
+                    raise kind(f"{error.code().name}: {error.details()}") from None
                 return reply
         connection = http.client.HTTPConnection(address, timeout=seconds)
         try:
@@ -84,7 +92,8 @@ class Peer:
         finally:
             connection.close()
         if answer.status != 200:
-            raise BenchmarkError(f"HTTP {answer.status}: {content.decode(errors='replace')}")
+            kind = RefusedError if answer.status in _REFUSED_STATUS else BenchmarkError
+            raise kind(f"HTTP {answer.status}: {content.decode(errors='replace')}")
         return content
 
 

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import os
 import shutil
 import sys
 import threading
@@ -56,6 +57,27 @@ def test_a_peer_that_answers_fewer_codes_is_found_out(monkeypatch, reference: pe
     monkeypatch.setattr(Peer, "call", lambda *_, **__: np.full(128, np.nan, "<f4").tobytes())
     with pytest.raises(BenchmarkError, match="differ"):
         reference.check(BARE, "", 1)
+
+
+def test_the_check_under_load_comes_again_where_it_is_refused(monkeypatch, reference: peers.Reference) -> None:
+    answers = [peer_process.RefusedError("full"), peer_process.RefusedError("full"), (1e-5, 512)]
+
+    def check(*_: object, start: int = 0) -> tuple[float, int]:
+        answer = answers.pop(0) if start else (1e-6, 512)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(reference, "check", check)
+    monkeypatch.setattr(closed_loop, "h2load", loaded)
+    monkeypatch.setattr(closed_loop, "WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr(peers, "_PAUSE_SECONDS", 0.0)
+    cell = peers._cell(BARE, "", os.getpid(), reference, images=1, in_flight=1, seconds=0.01)
+    assert cell["largest_difference"] == 1e-5
+    monkeypatch.setattr(peers, "_TRIES", 1)
+    answers.append(peer_process.RefusedError("full"))
+    with pytest.raises(BenchmarkError, match="again and again"):
+        peers._cell(BARE, "", os.getpid(), reference, images=1, in_flight=1, seconds=0.01)
 
 
 def test_a_peer_that_ends_says_why(environments: Path, reference: peers.Reference, tmp_path: Path) -> None:
