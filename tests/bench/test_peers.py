@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from matvae_bench import cli, closed_loop, machine, peer_process, peers
+from matvae_bench import cli, closed_loop, machine, peer_process, peers, peers_page
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.peer_list import OURS, PEERS
 from matvae_bench.peer_process import Peer, PeerProcess
@@ -192,13 +192,15 @@ def results_of(rates: dict[str, float]) -> dict:
 
 def test_lost_cases_are_told() -> None:
     results = results_of({OURS: 1000.0, "mosec": 2500.0, "LitServe": 10.0, "grpc.aio": 3000.0})
-    (row,) = peers.losses(results)[2]
+    (row,) = peers_page.losses(results)[2]
     assert row == ["1 x 64", "grpc.aio 3.00; mosec 2.50", "none", "LitServe 0.01"]
-    rows = peers.tables(results)[0][2]
+    rows = peers_page.tables(results)[0][2]
     assert [row[0] for row in rows] == ["grpc.aio", "mosec", f"**{OURS}**", "LitServe"], "the fastest first"
     assert [row[2] for row in rows] == ["3.00", "2.50", "1.00", "0.01"]
-    assert peers.losses(results_of({OURS: 1000.0, "mosec": 999.0}))[2] == [["1 x 64", "none", "none", "mosec 1.00"]]
-    assert peers.losses(results_of({"mosec": 999.0}))[2] == [["1 x 64", "-", "-", "-"]], "nothing to compare with"
+    assert peers_page.losses(results_of({OURS: 1000.0, "mosec": 999.0}))[2] == [
+        ["1 x 64", "none", "none", "mosec 1.00"]
+    ]
+    assert peers_page.losses(results_of({"mosec": 999.0}))[2] == [["1 x 64", "-", "-", "-"]], "nothing to compare with"
 
 
 def test_tritons_request_is_a_protobuf_of_its_fields() -> None:
@@ -243,7 +245,7 @@ def test_the_page_is_what_the_command_writes(repository: Path) -> None:
     raw, page = repository / "bench" / "results" / "peers.json", repository / "docs" / "peers.md"
     if not raw.exists() and not page.exists():
         pytest.skip("not measured yet")
-    assert peers.page(json.loads(raw.read_text())) == page.read_text()
+    assert peers_page.page(json.loads(raw.read_text())) == page.read_text()
 
 
 def test_a_peer_that_nobody_knows_is_refused(capsys) -> None:
