@@ -21,9 +21,10 @@ from matvae_bench.images import LabelledImages
 from matvae_bench.output import first_line
 from matvae_bench.peer_list import NAMES, OURS, PEERS
 from matvae_bench.peer_process import Floats, Images, Peer, PeerProcess, RefusedError
-from matvae_bench.peers_page import page as page
-from matvae_bench.peers_page import tables as tables
+from matvae_bench.peers_page import page, tables
 from matvae_bench.server_process import ServerProcess
+
+__all__ = ["CELLS", "TOLERANCE", "Reference", "Settings", "packaged_encoder", "page", "run", "tables"]
 
 CELLS = ((1, 1), (1, 64), (64, 1), (64, 8))
 """(images a request, requests in flight)"""
