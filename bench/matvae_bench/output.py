@@ -27,15 +27,15 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def markdown(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as Markdown, for the documentation."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return f"{title}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def print_markdown(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print `markdown`."""
-    print(markdown(title, headings, rows))
+    """The same as Markdown, for the documentation."""
+    print(f"{title}:\n\n{markdown_table(headings, rows)}\n")
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The lines of a table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def known(value: float | None, form: str) -> str:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from matvae_bench.output import Told, known, markdown, spread
+from matvae_bench.output import Told, known, markdown_table, spread
 from matvae_bench.peer_list import OURS
 
 
@@ -90,12 +90,17 @@ def page(results: dict[str, Any]) -> str:
                 versions=", ".join(f"{name} {results['versions'].get(name, '?')}" for name in _TOLD_VERSIONS),
             ),
             "## Where ours is not the best\n",
-            markdown(*losses(results)),
+            _section(losses(results)),
             "## Measured\n",
-            *(markdown(*told) for told in tables(results)),
+            *map(_section, tables(results)),
             _READING,
         )
     )
+
+
+def _section(told: Told) -> str:
+    title, headings, rows = told
+    return f"{title}:\n\n{markdown_table(headings, rows)}\n"
 
 
 _TOLD_VERSIONS = ("matvae", "grpcio", "onnxruntime", "numpy")

@@ -19,7 +19,7 @@ from matvae_bench import machine
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.images import LabelledImages
 from matvae_bench.link import Link, Proxy
-from matvae_bench.output import Told, known, markdown, milliseconds
+from matvae_bench.output import Told, known, markdown_table, milliseconds
 from matvae_bench.server_process import ServerProcess
 from matvae_client import Codes, CodesDirectory, EmbeddingClient
 
@@ -193,7 +193,7 @@ def page(results: dict[str, Any]) -> str:
                 busy=known(results["load_average"], ".1f"),
                 queries=settings["queries"],
             ),
-            *(markdown(*told) for told in tables(results)),
+            *(f"{title}:\n\n{markdown_table(headings, rows)}\n" for title, headings, rows in tables(results)),
             _READING,
         )
     )
