@@ -159,9 +159,9 @@ def _thin_link(options: argparse.Namespace) -> None:
     results = _show(options, thin_link, lambda: thin_link.run(settings))
     _write_page(options, thin_link, results)
     if options.plot:
-        from matvae_bench import plots
+        from matvae_bench import thin_plot
 
-        plots.thin_links(results, options.plot)
+        thin_plot.thin_links(results, options.plot)
 
 
 def _write_page(options: argparse.Namespace, module: ModuleType, results: dict[str, Any]) -> None:
