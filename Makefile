@@ -10,7 +10,7 @@ STUBS := .venv-stubs
 RAY := .venv-ray
 BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: demo test test-ray lint format stubs release-proto lock client-cost ray-cost wheel clean
+.PHONY: demo test test-ray docs lint format stubs release-proto lock client-cost ray-cost peers wheel clean
 
 demo: $(VENV)/.demo  ## the main job, end to end, in under a minute once installed
 	$(BIN)/matvae-bench demo
@@ -36,7 +36,6 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-.PHONY: docs
 docs: $(VENV)/.test  ## write the reference pages from the code, and what commands and snippets print into the others
 	$(BIN)/python docs/reference.py
 	$(BIN)/python docs/pages.py --write
@@ -52,6 +51,9 @@ client-cost: $(VENV)/.demo  ## what a constrained client pays: bytes installed, 
 
 ray-cost: $(RAY)/.made  ## what Ray costs beside matvae-serve
 	$(RAY)/bin/python -m matvae_bench.ray_cost --out bench/results/ray.json --write docs/ray.md
+
+peers:  ## an environment for each peer of `matvae-bench peers`; one that cannot be installed is left out
+	PYTHON=$(PYTHON) bench/peers/setup .venv-peers
 
 wheel: $(VENV)/.test
 	$(BIN)/hatchling build

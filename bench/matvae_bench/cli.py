@@ -33,6 +33,8 @@ examples:
   matvae-bench soak --minutes 10                       mixed requests, and what becomes of the server's memory
   matvae-bench cross-check                             locust's users beside h2load, the same load
   matvae-bench report --data-root DIR                  all of it in a quarter of an hour: JSON, and a page with plots
+  matvae-bench peers                                   the same encoder served by others, on this machine
+  matvae-bench thin-link                               galleries and queries over slow links, beside the arithmetic
   matvae-bench client-cost                             what installing and running the client alone costs
 """
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from matvae_bench.payloads import EMBED, Payload
 from matvae_bench.wire import framed
 
 WARM_UP_SECONDS = 0.5
+GRPC_HEADERS = ("content-type: application/grpc", "te: trailers")
+FRAME_BYTES = 5
+"""What gRPC puts before a message."""
 
 _REQUESTS = re.compile(
     r"requests: (\d+) total, \d+ started, (\d+) done, \d+ succeeded, (\d+) failed, (\d+) errored, (\d+) timeout"
@@ -61,48 +65,62 @@ def run(
     """
     if in_flight % connections:
         raise ValueError(f"in_flight must be a multiple of connections, not {in_flight} of {connections}")
-    common: dict[str, Any] = {"in_flight": in_flight, "connections": connections, "seconds": seconds, "token": token}
     if shutil.which("h2load"):
-        measured = _h2load(target, payload, tls=authority is not None, reply_bytes=reply_bytes, **common)
+        measured = h2load(
+            f"http{'s' if authority else ''}://{target}{EMBED}",
+            framed(payload.data),
+            headers=(*GRPC_HEADERS, *((f"authorization: Bearer {token}",) if token else ())),
+            in_flight=in_flight,
+            connections=connections,
+            seconds=seconds,
+            reply_bytes=None if reply_bytes is None else reply_bytes + FRAME_BYTES,
+        )
     else:
         certificate = authority.read_bytes() if authority else None
-        measured = asyncio.run(_aio(target, payload, authority=certificate, **common))
+        common: dict[str, Any] = {"in_flight": in_flight, "connections": connections, "seconds": seconds}
+        measured = asyncio.run(_aio(target, payload, authority=certificate, token=token, **common))
     if not measured["requests_per_second"]:
         raise BenchmarkError(f"{target} answered no request in {seconds:g} s")
     return measured | {"images_per_second": measured["requests_per_second"] * payload.images}
 
 
-def _h2load(
-    target: str,
-    payload: Payload,
+def h2load(
+    url: str,
+    body: bytes,
     *,
+    headers: Sequence[str] = (),
     in_flight: int,
     connections: int,
     seconds: float,
-    token: str | None,
-    tls: bool,
     reply_bytes: int | None,
+    http1: bool = False,
 ) -> dict[str, Any]:
+    """As `run`, of any server: POST `body` to `url`. `reply_bytes` is the length of a good reply's body.
+
+    Raises BenchmarkError where h2load is not installed or fails.
+    """
+    if not shutil.which("h2load"):
+        raise BenchmarkError("h2load is not installed: it is in Debian's package nghttp2-client")
     with tempfile.TemporaryDirectory(prefix="matvae-load-") as folder:
-        body, log = Path(folder) / "body", Path(folder) / "log"
-        body.write_bytes(framed(payload.data))
+        data, log = Path(folder) / "body", Path(folder) / "log"
+        data.write_bytes(body)
         command = [
             "h2load",
             *("-c", str(connections), "-m", str(in_flight // connections), "-t", "1"),
             *("-D", f"{max(1, round(1000 * seconds))}ms", f"--warm-up-time={round(1000 * WARM_UP_SECONDS)}ms"),
-            *("-d", str(body), f"--log-file={log}"),
-            *("-H", "content-type: application/grpc", "-H", "te: trailers"),
-            *(("-H", f"authorization: Bearer {token}") if token else ()),
-            f"http{'s' if tls else ''}://{target}{EMBED}",
+            *("-d", str(data), f"--log-file={log}"),
+            *(["--h1"] if http1 else []),
+            *(word for header in headers for word in ("-H", header)),
+            url,
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60 + 2 * seconds)
-        found, rate, data = (pattern.search(done.stdout) for pattern in (_REQUESTS, _RATE, _DATA))
-        if done.returncode or not (found and rate and data):
+        found, rate, size = (pattern.search(done.stdout) for pattern in (_REQUESTS, _RATE, _DATA))
+        if done.returncode or not (found and rate and size):
             raise BenchmarkError(f"h2load failed: {(done.stderr or done.stdout).strip()}")
         rows = np.loadtxt(log, delimiter="\t", dtype=np.int64, ndmin=2) if log.stat().st_size else np.empty((0, 3))
     answered, failed = int(found[2]), sum(int(found[number]) for number in (3, 4, 5))
     if reply_bytes is not None:
-        missing = answered - round(int(data[1]) / (reply_bytes + 5))
+        missing = answered - round(int(size[1]) / reply_bytes)
         # What was in flight as the time began, or ended, may have its headers on one side and its data on the other.
         failed += missing if missing > in_flight else 0
     good_share = max(0.0, 1 - failed / answered) if answered else 0.0

@@ -1,4 +1,7 @@
-"""The commands `overload`, `throughput`, `features`, `soak`, `cross-check`; each measures in a module of its name."""
+"""The commands `overload`, `throughput`, `features`, `soak`, `cross-check`, `peers` and `thin-link`.
+
+What they measure is in the modules of these names.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from matvae_bench.output import print_markdown, print_table, save
 
 
 def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
-    """Add all five to the parser that `add` adds to."""
+    """Add all of them to the parser that `add` adds to."""
     overload = add("overload", _overload, "offer up to three times what saturates a server: goodput, latency, refusals")
     overload.add_argument("--server", metavar="HOST:PORT", help="one that runs (default: one of its own, on one core)")
     overload.add_argument("--images", type=whole_number(1), default=64, help="per request (default 64)")
@@ -59,12 +62,34 @@ def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> Non
     check.add_argument("--processes", type=whole_number(1), metavar="N", help="share locust's users out to N processes")
     _add_common(check)
 
+    peers = add("peers", _peers, "the same encoder served by others: rate, latency, CPU, vectors checked")
+    peers.add_argument(
+        "--environments",
+        type=Path,
+        default=Path(".venv-peers"),
+        metavar="DIR",
+        help="(default .venv-peers: make peers)",
+    )
+    peers.add_argument("--seconds", type=duration, default=3, help="how long each cell lasts (default 3)")
+    peers.add_argument("--repeats", type=whole_number(1), default=3, help="of every cell (default 3)")
+    peers.add_argument("--only", action="append", metavar="PEER", help="this one alone; may be given several times")
+    _add_common(peers, page=True)
 
-def _add_common(command: argparse.ArgumentParser, *, serve: bool = False) -> None:
+    thin = add("thin-link", _thin_link, "a gallery pulled and 100 queries over slow links, beside what arithmetic says")
+    thin.add_argument(
+        "--longest", type=duration, default=9, metavar="SECONDS", help="leave longer ones to the model (default 9)"
+    )
+    thin.add_argument("--plot", type=Path, help="PNG or SVG file for seconds against bytes")
+    _add_common(thin, page=True)
+
+
+def _add_common(command: argparse.ArgumentParser, *, serve: bool = False, page: bool = False) -> None:
     if serve:
         command.add_argument(
             "--serve", type=shlex.split, default=[], metavar="FLAGS", help="flags of its own server, in one argument"
         )
+    if page:
+        command.add_argument("--page", type=Path, help="Markdown file for the whole page of the documentation")
     command.add_argument("--out", type=Path, help="JSON file for the results")
     command.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     command.add_argument(
@@ -130,6 +155,40 @@ def _cross_check(options: argparse.Namespace) -> None:
         users=options.users, seconds=options.seconds, repeats=options.repeats, processes=options.processes or 0
     )
     _show(options, cross_check, lambda: cross_check.run(settings, target=options.server))
+
+
+def _peers(options: argparse.Namespace) -> None:
+    from matvae_bench import peer_list, peers
+
+    only = tuple(options.only or peer_list.NAMES)
+    if unknown := set(only) - set(peer_list.NAMES):
+        raise BenchmarkError(f"--only: no peer is called {unknown.pop()}, there are: {'; '.join(peer_list.NAMES)}")
+    settings = peers.Settings(
+        environments=options.environments, seconds=options.seconds, repeats=options.repeats, only=only
+    )
+    _write_page(options, peers, _show(options, peers, lambda: peers.run(settings)))
+
+
+def _thin_link(options: argparse.Namespace) -> None:
+    from matvae_bench import thin_link
+
+    settings = thin_link.Settings(longest=options.longest)
+    results = _show(options, thin_link, lambda: thin_link.run(settings))
+    _write_page(options, thin_link, results)
+    if options.plot:
+        from matvae_bench import thin_plot
+
+        thin_plot.thin_links(results, options.plot)
+
+
+def _write_page(options: argparse.Namespace, module: ModuleType, results: dict[str, Any]) -> None:
+    """The page of `results`, which come with where they were measured only if they come out of a file."""
+    if options.page:
+        from matvae_bench import environment
+
+        options.page.parent.mkdir(parents=True, exist_ok=True)
+        options.page.write_text(module.page(environment.describe() | results))
+        print(f"wrote {options.page}")
 
 
 def _show(options: argparse.Namespace, module: ModuleType, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

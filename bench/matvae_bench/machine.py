@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 
 def core_pair() -> tuple[int, int] | None:
@@ -30,15 +31,57 @@ def on_core(core: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def load_average() -> float | None:
+    """How many processes wanted a core in the last minute: what else a machine does while something is measured."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def resident_bytes(process: int) -> int | None:
     """Memory resident of a process and all that descend from it; None once it is gone, or where nothing tells."""
+    return _total(process, _resident)
+
+
+def cpu_seconds(process: int) -> float | None:
+    """CPU that they have used, those of them that have ended included; None as above."""
+    return _total(process, _cpu)
+
+
+def descendants(process: int) -> list[int]:
+    """All processes that descend from it, as far as anything tells."""
+    # Every process names its parent. The list of children that Linux offers, too, leaves some out while others end.
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            children.setdefault(int(_stat(int(folder.name))[1]), []).append(int(folder.name))
+    found = list(children.get(process, ()))
+    for one in found:
+        found += children.get(one, ())
+    return found
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _total(process: int, of: Callable[[int], Number]) -> Number | None:
     try:
-        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-        children = [
-            int(child)
-            for tasks in Path(f"/proc/{process}/task").iterdir()
-            for child in (tasks / "children").read_text().split()
-        ]
+        total = of(process)
     except OSError:
         return None
-    return pages * os.sysconf("SC_PAGE_SIZE") + sum(resident_bytes(child) or 0 for child in children)
+    for one in descendants(process):
+        with contextlib.suppress(OSError):
+            total += of(one)
+    return total
+
+
+def _resident(process: int) -> int:
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cpu(process: int) -> float:
+    # utime and stime, then those of children that were waited for.
+    return sum(map(int, _stat(process)[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _stat(process: int) -> list[str]:
+    """The fields after the name, which may hold anything: state, parent, ..."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
