@@ -40,6 +40,8 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
     resume, run, log_file = (getattr(options, name, None) for name in ("resume", "run", "log"))
     if resume and run is None:
         return _fail("--resume needs --run, the directory to go on in")
+    if getattr(options, "tensorboard", False) and run is None:
+        return _fail("--tensorboard needs --run, the directory to write to")
     try:
         from matvae_training import pipeline
         from matvae_training.export import ExportError
@@ -54,6 +56,7 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
         image_shape=options.image_shape,
         exclude_classes=options.exclude_classes,
         validation=options.validation,
+        patience=getattr(options, "patience", None),
     )
     try:
         with contextlib.ExitStack() as stack:
@@ -79,6 +82,7 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
                 log=log,
                 run=run,
                 resume=bool(resume),
+                tensorboard=options.tensorboard,
             )
     except (DataError, FitError, CardError) as error:
         return _fail(str(error))
