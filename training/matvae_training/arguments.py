@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from matvae_server.card import NetworkConfig
+from matvae_training import measuring_arguments
 from matvae_training.config import (
     AUGMENTATIONS,
     CLASSES,
@@ -75,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     _add_data(pca)
     _add_prefixes(pca)
     pca.add_argument("--probabilistic", action="store_true", help="probabilistic PCA: shrunk and scaled to the prior")
+    measuring_arguments.add(commands, objective=_add_objective, network=_add_network)
     card = commands.add_parser(
         "card",
         help="write a bundle's card for people",

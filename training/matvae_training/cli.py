@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from matvae_server import bundle
 from matvae_server.card import CardError
@@ -19,10 +20,32 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a failed export, 2 for input that cannot be used."""
     words = sys.argv[1:] if words is None else list(words)
     options = arguments.parser().parse_args(words)
-    return _card(options) if options.command == "card" else _fit(options, words)
+    commands = {"card": _card, "evaluate": _measure, "speed": _measure, "pack": _measure}
+    return commands.get(options.command, _fit)(options, words)
 
 
-def _card(options: argparse.Namespace) -> int:
+def _measure(options: argparse.Namespace, words: Sequence[str]) -> int:
+    try:
+        from matvae_training import measuring
+    except ModuleNotFoundError as error:
+        return _fail(EXTRA.format(module=error.name))
+    paths = {str(options.data_root): "DATA_ROOT", str(options.out): "OUT"}
+    if hasattr(options, "bundle"):
+        paths[options.bundle] = Path(options.bundle).name
+    try:
+        measuring.run(options, provenance.command("matvae-train", words, paths))
+    except (DataError, FitError, CardError, bundle.BundleError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or options.out}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _fail("interrupted")
+        return 130
+    return 0
+
+
+def _card(options: argparse.Namespace, words: Sequence[str]) -> int:
+    del words
     try:
         text = model_card.render(bundle.load(bundle.find(options.bundle)).card)
         if options.out:

@@ -104,11 +104,7 @@ def train(
         raise FitError("a model without a decoder cannot reconstruct: take an objective with heads alone")
     classes = int(labels.max()) + 1 if labels is not None else 0
     model.train()
-    objective = Matryoshka(
-        objective=build(config.objective, network, classes, bfloat16=config.bfloat16),
-        weights=config.prefix_weights,
-        sampled_prefixes=config.prefixes_per_step,
-    )
+    objective = nested(config, network, classes)
     where = next(iter(model.parameters())).device
     objective.learned().to(where)
     compute = device.compiled(objective.__call__, where) if config.compile else objective
@@ -157,6 +153,15 @@ def train(
     if stopping:
         stopping.restore(model)
     model.eval()
+
+
+def nested(config: FitConfig, network: NetworkConfig, classes: int) -> Matryoshka:
+    """The objective that `config` describes, over the prefixes of the network."""
+    return Matryoshka(
+        objective=build(config.objective, network, classes, bfloat16=config.bfloat16),
+        weights=config.prefix_weights,
+        sampled_prefixes=config.prefixes_per_step,
+    )
 
 
 def _check_finite(terms: Terms, step: int, checkpoint: Checkpoint | None) -> None:

@@ -93,7 +93,7 @@ def fit_bundle(
         "seed": str(config.seed),
         "epochs": str(config.epochs),
         "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
-        **_circumstances(command),
+        **provenance.circumstances(torch.get_num_threads(), command),
     }
     kept = None
     if run is not None:
@@ -137,7 +137,9 @@ def pca_bundle(
         raise FitError(str(error)) from None
     kind = "Probabilistic PCA" if probabilistic else "PCA"
     description = f"{kind} of the pixels of {data.name}, in closed form: the encoder saw no labels, the heads did."
-    return _write(model, data, out, description, {**data.known, **_circumstances(command)})
+    return _write(
+        model, data, out, description, {**data.known, **provenance.circumstances(torch.get_num_threads(), command)}
+    )
 
 
 def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
@@ -170,15 +172,6 @@ def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
     return _Prepared(
         name=name, classes=data.classes, train=train, held=held, split=split, stopping=stopping, known=known
     )
-
-
-def _circumstances(command: str) -> dict[str, str]:
-    return {
-        "hardware": provenance.hardware(torch.get_num_threads()),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-        "command": command,
-    }
 
 
 def _write(model: Servable, data: _Prepared, out: Path, description: str, known: Mapping[str, str]) -> Card:

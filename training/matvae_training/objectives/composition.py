@@ -221,7 +221,7 @@ class Matryoshka:
         progress: float | Tensor = 0.0,
         chosen: Sequence[int] | None = None,
     ) -> Terms:
-        """What a uint8 batch (n, height, width, channels) costs over all prefixes, or estimated from `chosen`, which `draw` gives."""
+        """What a uint8 batch (n, height, width, channels) costs over all prefixes, or as those `chosen` estimate it."""
         parts = self.objective.parts(network, images, labels, progress, chosen)
         weighted = self.objective.weighted(parts)
         weights = self.weights
