@@ -191,9 +191,9 @@ def test_a_variant_that_cannot_be_compiled_is_a_row_that_says_so(monkeypatch):
         return 100.0
 
     monkeypatch.setattr(speed, "_train_rate", refuse)
-    monkeypatch.setattr(speed, "matmul_rate", lambda kind, where: 1e9)
+    monkeypatch.setattr(speed, "matmul_rate", lambda kind, where, seconds: 1e9)
     split, config = small()
-    measured = speed.measure(split, NETWORK, config, only=("plain", "compile"), rounds=2)
+    measured = speed.measure(split, NETWORK, config, only=("plain", "compile"), rounds=2, seconds=0.1)
     plain, compiled = measured["variants"]
     assert plain["images_per_second"] == [100.0, 100.0]
     assert compiled["images_per_second"] == []

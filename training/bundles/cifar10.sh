@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# `bundles/cifar10`: a wider encoder, and a contrast of two views. From a data root to everything in it: cifar10.sh DATA_ROOT OUT [OPTION...]
-# Options of `matvae-train fit` may follow, and replace those below.
+# `bundles/cifar10` from a data root, by a wider encoder and a contrast of two views.
+#   cifar10.sh DATA_ROOT OUT [OPTION...]
+# Options are those of `matvae-train fit`, and replace those below.
 set -euo pipefail
 data_root=$1 out=$2
 

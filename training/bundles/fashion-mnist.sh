@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The packaged bundle, `server/matvae_server/bundles/fashion-mnist`. From a data root to everything in it: fashion-mnist.sh DATA_ROOT OUT [OPTION...]
-# Options of `matvae-train fit` may follow, and replace those below.
+# The packaged bundle, `server/matvae_server/bundles/fashion-mnist`, from a data root.
+#   fashion-mnist.sh DATA_ROOT OUT [OPTION...]
+# Options are those of `matvae-train fit`, and replace those below.
 set -euo pipefail
 data_root=$1 out=$2
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# `bundles/mnist`: the recipe of the packaged bundle, unchanged. From a data root to everything in it: mnist.sh DATA_ROOT OUT [OPTION...]
-# Options of `matvae-train fit` may follow, and replace those below.
+# `bundles/mnist` from a data root, by the recipe of the packaged bundle, unchanged.
+#   mnist.sh DATA_ROOT OUT [OPTION...]
+# Options are those of `matvae-train fit`, and replace those below.
 set -euo pipefail
 data_root=$1 out=$2
 

@@ -37,6 +37,8 @@ def compiled(compute: Callable[..., Terms], device: torch.device) -> Callable[..
     The shapes of its arguments must stay as they are. What it returns on a GPU is good until it is called again. It
     raises FitError at its first call where nothing can be compiled.
     """
+    # What a model before this one left would count against a limit, beyond which nothing is compiled, without a word.
+    torch._dynamo.reset()
     inner = torch.compile(compute, mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
 
     def call(*arguments: Any) -> Terms:

@@ -83,14 +83,15 @@ def measure(
 ) -> dict[str, Any]:
     """Time the variants named in `only` on `data`, each for so many seconds in each round; returns values for JSON.
 
+    Matrix products and feeding take two to three times as long as one of them.
+
     Of `config` its batch size, objective and device count. Raises FitError: a name that is none, or what `train` does.
     """
     if unknown := [name for name in only if name not in VARIANTS]:
         raise FitError(f"no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
     where = device.find(config.device)
-    rates = {
-        name: matmul_rate(kind, where) for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
-    }
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    rates = {name: matmul_rate(kind, where, seconds / 4) for name, kind in kinds.items()}
     say("matrix products: " + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in rates.items()))
     found: dict[str, list[float]] = {name: [] for name in only}
     failed: dict[str, str] = {}
@@ -121,7 +122,7 @@ def measure(
         "seconds": seconds,
         "matmul_flops_per_second": {name: round(rate) for name, rate in rates.items()},
         "variants": variants,
-        "feeding": {name: round(rate) for name, rate in feeding(data, config, where)},
+        "feeding": {name: round(rate) for name, rate in feeding(data, config, where, seconds / 8)},
     }
 
 
@@ -162,7 +163,7 @@ def flops_per_image(data: Split, network: NetworkConfig, config: FitConfig) -> f
     return statistics.fmean(totals) / config.batch_size
 
 
-def matmul_rate(kind: torch.dtype, where: torch.device, seconds: float = 2.0) -> float:
+def matmul_rate(kind: torch.dtype, where: torch.device, seconds: float) -> float:
     """FLOP/s of the best of many products of two square matrices of that type."""
     side = _SIDES[where.type]
     left, right = (torch.randn(side, side, device=where).to(kind) for _ in range(2))
@@ -176,7 +177,7 @@ def matmul_rate(kind: torch.dtype, where: torch.device, seconds: float = 2.0) ->
     return 2.0 * side**3 / best
 
 
-def feeding(data: Split, config: FitConfig, where: torch.device) -> Iterator[tuple[str, float]]:
+def feeding(data: Split, config: FitConfig, where: torch.device, seconds: float) -> Iterator[tuple[str, float]]:
     """Images/s of what comes before the network alone: a batch as an index of one tensor, and what it replaces."""
     images, size = data.images.to(where), config.batch_size
     order = torch.randperm(len(images)).to(where)
@@ -187,15 +188,18 @@ def feeding(data: Split, config: FitConfig, where: torch.device) -> Iterator[tup
             yield from (batch.to(where) for batch, _ in loader)
 
     loaded = batches()
-    yield "one uint8 tensor, a batch is an index", _rate(lambda: images[order[:size]], size, where)
-    yield "torch's DataLoader, image by image", _rate(lambda: next(loaded), size, where)
+    yield "one uint8 tensor, a batch is an index", _rate(lambda: images[order[:size]], size, where, seconds)
+    yield "torch's DataLoader, image by image", _rate(lambda: next(loaded), size, where, seconds)
     if augment := AUGMENTATIONS.get(config.objective.augmentation):
         batch = images[:size]
-        yield "a view of a batch", _rate(lambda: augment(batch), size, where)
-        yield "a view of each image by itself", _rate(lambda: [augment(image[None]) for image in batch], size, where)
+        yield "a view of a batch", _rate(lambda: augment(batch), size, where, seconds)
+        yield (
+            "a view of each image by itself",
+            _rate(lambda: [augment(image[None]) for image in batch], size, where, seconds),
+        )
 
 
-def _rate(make: Callable[[], object], size: int, where: torch.device, seconds: float = 1.0) -> float:
+def _rate(make: Callable[[], object], size: int, where: torch.device, seconds: float) -> float:
     make()
     device.wait(where)
     count, started = 0, time.perf_counter()
