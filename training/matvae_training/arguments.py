@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     _add_training(fit)
     _add_objective(fit)
     _add_network(fit)
+    measuring_arguments.add(commands, objective=_add_objective, network=_add_network)
     pca = commands.add_parser(
         "pca",
         help="principal components as a bundle",
@@ -76,7 +77,6 @@ def parser() -> argparse.ArgumentParser:
     _add_data(pca)
     _add_prefixes(pca)
     pca.add_argument("--probabilistic", action="store_true", help="probabilistic PCA: shrunk and scaled to the prior")
-    measuring_arguments.add(commands, objective=_add_objective, network=_add_network)
     card = commands.add_parser(
         "card",
         help="write a bundle's card for people",
@@ -183,13 +183,13 @@ def _add_training(fit: argparse.ArgumentParser) -> None:
     fit.add_argument("--batch-size", type=whole(2), default=default.batch_size, help="images per step (%(default)s)")
     fit.add_argument("--lr", type=float, default=default.learning_rate, help="peak learning rate (%(default)s)")
     fit.add_argument("--weight-decay", type=float, default=default.weight_decay, help="of AdamW (%(default)s)")
-    fit.add_argument(
-        "--bfloat16", action="store_true", help="matrix products in bfloat16: twice as fast on processors that have it"
-    )
+    fit.add_argument("--device", choices=DEVICES, default=default.device, help="where to train (%(default)s)")
     fit.add_argument(
         "--compile", action="store_true", help="fuse every step by torch.compile; on a GPU into CUDA graphs"
     )
-    fit.add_argument("--device", choices=DEVICES, default=default.device, help="where to train (%(default)s)")
+    fit.add_argument(
+        "--bfloat16", action="store_true", help="matrix products in bfloat16: twice as fast on processors that have it"
+    )
     fit.add_argument("--seed", type=int, default=default.seed, help="of weights, order and noise (%(default)s)")
 
 

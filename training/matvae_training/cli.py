@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matvae_server import bundle
 from matvae_server.card import CardError
-from matvae_training import arguments, model_card, provenance
+from matvae_training import arguments, measuring_arguments, model_card, provenance
 from matvae_training.config import DataError, FitError
 
 EXTRA = "matvae-train needs {module}: pip install 'matvae[training]'"
@@ -20,8 +20,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a failed export, 2 for input that cannot be used."""
     words = sys.argv[1:] if words is None else list(words)
     options = arguments.parser().parse_args(words)
-    commands = {"card": _card, "evaluate": _measure, "speed": _measure, "pack": _measure}
-    return commands.get(options.command, _fit)(options, words)
+    if options.command in measuring_arguments.COMMANDS:
+        return _measure(options, words)
+    return _card(options) if options.command == "card" else _fit(options, words)
 
 
 def _measure(options: argparse.Namespace, words: Sequence[str]) -> int:
@@ -44,8 +45,7 @@ def _measure(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
-def _card(options: argparse.Namespace, words: Sequence[str]) -> int:
-    del words
+def _card(options: argparse.Namespace) -> int:
     try:
         text = model_card.render(bundle.load(bundle.find(options.bundle)).card)
         if options.out:

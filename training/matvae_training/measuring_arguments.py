@@ -9,6 +9,7 @@ from pathlib import Path
 from matvae_training.config import CLASSES, DEVICES, FOLDER, FitConfig
 from matvae_training.option_values import shape, whole
 
+COMMANDS = ("evaluate", "speed", "pack")
 Add = Callable[[argparse.ArgumentParser], None]
 _ROOT = "as of `matvae-train fit`; may also be an .npz that `matvae-train pack` wrote"
 

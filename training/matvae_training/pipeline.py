@@ -64,6 +64,16 @@ class _Prepared:
         height, width, channels = self.train.images.shape[1:]
         return height, width, channels
 
+    @property
+    def stopped(self) -> dict[str, str]:
+        """When training stopped and which weights it kept, where it could stop early."""
+        if self.stopping is None:
+            return {}
+        kept = (
+            f"the weights are those of epoch {self.stopping.epoch}, whose validation loss is {self.stopping.loss:.5f}"
+        )
+        return {"stopped": f"after {self.stopping.seen} epochs; {kept}"}
+
 
 def fit_bundle(
     *,
@@ -81,8 +91,7 @@ def fit_bundle(
     """Train on `source`, evaluate, and write the bundle into `out`; returns its card.
 
     `log` takes one line of JSON per epoch. `run` is a directory for metrics and a checkpoint, from which `resume` goes
-    on, and with `tensorboard` for its event files. Raises DataError, FitError, ExportError, and OSError where `out`
-    cannot be written.
+    on. Raises DataError, FitError, ExportError, and OSError where `out` cannot be written.
     """
     started = time.perf_counter()
     data = _prepare(source, out, threads)
@@ -93,7 +102,7 @@ def fit_bundle(
         "seed": str(config.seed),
         "epochs": str(config.epochs),
         "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
-        **provenance.circumstances(torch.get_num_threads(), command),
+        **_circumstances(command),
     }
     kept = None
     if run is not None:
@@ -110,14 +119,8 @@ def fit_bundle(
         checkpoint=kept.checkpoint if kept else None,
         stopping=data.stopping,
     )
-    repeat["seconds"] = f"{time.perf_counter() - started:.0f} to fit"
-    if data.stopping:
-        repeat["stopped"] = (
-            f"after {data.stopping.seen} epochs; the weights are those of epoch {data.stopping.epoch}, "
-            f"whose validation loss is {data.stopping.loss:.5f}"
-        )
-        _say(f"stopped {repeat['stopped']}")
-    return _write(model, data, out, describe(data.name, network, config.objective), repeat)
+    seconds = f"{time.perf_counter() - started:.0f} to fit"
+    return _write(model, data, out, describe(data.name, network, config.objective), {**repeat, "seconds": seconds})
 
 
 def pca_bundle(
@@ -137,9 +140,7 @@ def pca_bundle(
         raise FitError(str(error)) from None
     kind = "Probabilistic PCA" if probabilistic else "PCA"
     description = f"{kind} of the pixels of {data.name}, in closed form: the encoder saw no labels, the heads did."
-    return _write(
-        model, data, out, description, {**data.known, **provenance.circumstances(torch.get_num_threads(), command)}
-    )
+    return _write(model, data, out, description, {**data.known, **_circumstances(command)})
 
 
 def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
@@ -174,6 +175,10 @@ def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
     )
 
 
+def _circumstances(command: str) -> dict[str, str]:
+    return provenance.circumstances(torch.get_num_threads(), command)
+
+
 def _write(model: Servable, data: _Prepared, out: Path, description: str, known: Mapping[str, str]) -> Card:
     card = write_bundle(
         model,
@@ -184,7 +189,7 @@ def _write(model: Servable, data: _Prepared, out: Path, description: str, known:
         out=out,
         name=data.name,
         description=description,
-        provenance=known,
+        provenance={**known, **data.stopped},
         say=_say,
     )
     _say(f"{out}: {card.fingerprint[:12]}\n{table(card)}")

@@ -58,9 +58,9 @@ class StackedProbe(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Standardised codes (folds, n, dimensions) -> logits (folds * prefixes, n, classes)."""
+        """Standardised codes (n, dimensions), or of each fold (folds, n, ...) -> logits (folds * prefixes, n, classes)."""
         prefixes = len(self.mask) // self.folds
-        outputs = codes[:, None].expand(-1, prefixes, -1, -1).flatten(0, 1)
+        outputs = codes.reshape(self.folds, 1, *codes.shape[-2:]).expand(-1, prefixes, -1, -1).flatten(0, 1)
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             masked = weight * self.mask[:, :, None] if index == 0 else weight
             outputs = torch.baddbmm(bias, outputs if index == 0 else self.dropout(outputs.relu()), masked)

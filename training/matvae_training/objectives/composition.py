@@ -160,7 +160,7 @@ class Objective:
         if self.decodes:
             assert network.decoder is not None, "an objective that reconstructs needs a decoder"
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
-                reconstructions = network.decoder(codes, chosen)
+                reconstructions = network.decoder(codes) if chosen is None else network.decoder(codes, chosen)
             reconstructions = reconstructions.float()
         batch = Batch(
             images=targets,
