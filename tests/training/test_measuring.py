@@ -243,3 +243,15 @@ def test_a_packed_data_set_of_other_things_is_refused(tmp_path, changes, message
     np.savez(tmp_path / "folder.npz", **(arrays | {"test_images": images, "test_labels": labels} | changes))
     with pytest.raises(DataError, match=message):
         data.load("folder", tmp_path / "folder.npz")
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10"])
+def test_the_page_holds_what_was_measured(repository, name):
+    """Below its mark, the table that the command printed; nothing where nothing was measured."""
+    page = (repository / "training" / "README.md").read_text()
+    below = page.split(f"<!-- speed-{name} -->\n")[1].lstrip("\n")
+    file = repository / "training" / "results" / f"speed-{name}.json"
+    if file.exists():
+        assert below.startswith(speed.table(json.loads(file.read_text())))
+    else:
+        assert not below.startswith("|")

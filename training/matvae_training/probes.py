@@ -58,7 +58,7 @@ class StackedProbe(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Standardised codes (n, dimensions), or of each fold (folds, n, ...) -> logits (folds * prefixes, n, classes)."""
+        """Standardised codes (folds, n, dimensions), of one fold also (n, ...) -> logits (folds * prefixes, n, ...)."""
         prefixes = len(self.mask) // self.folds
         outputs = codes.reshape(self.folds, 1, *codes.shape[-2:]).expand(-1, prefixes, -1, -1).flatten(0, 1)
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
