@@ -12,7 +12,7 @@ from matvae_server.card import NetworkConfig
 from matvae_server.network import MatVae
 from matvae_training import cli, device
 from matvae_training.config import OBJECTIVES, FitConfig, FitError
-from matvae_training.data import Split
+from matvae_training.data import Split, load
 from matvae_training.fit import fit, nested
 from matvae_training.run import Run
 from matvae_training.stopping import Stopping, validation_loss
@@ -243,6 +243,34 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(monkeypatch):
     monkeypatch.setattr("matvae_training.stopping.validation_loss", lambda *arguments: math.nan)
     with pytest.raises(FitError, match="epoch 1: the validation loss is nan"):
         losses(CONFIG, stopping=Stopping(HELD, 2))
+
+
+def test_with_patience_the_test_set_is_measured_and_never_watched(data_root, tmp_path, monkeypatch):
+    watched, written = [], {}
+
+    def say(objective, model, validation, batch_size):
+        watched.append(validation)
+        return SCRIPT[len(watched) - 1]
+
+    def write(model, **given):
+        written.update(given)
+        raise FitError("written")
+
+    monkeypatch.setattr("matvae_training.stopping.validation_loss", say)
+    monkeypatch.setattr("matvae_training.pipeline.write_bundle", write)
+    words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "out")]
+    words += ["--epochs", "9", "--batch-size", "250", "--prefixes", "2,4", "--conv-channels", "4,4"]
+    assert cli.main([*words, "--decoder-hidden", "8", "--validation", "100", "--patience", "2", "--threads", "1"]) == 2
+    whole = load("fashion-mnist", data_root)
+    assert torch.equal(written["held"].images, whole.test.images)
+    assert (written["split"], len(written["train"]), len(watched[0]), len(watched)) == ("test", 500, 100, 4)
+    train = {image.numpy().tobytes() for image in written["train"].images}
+    held = {image.numpy().tobytes() for image in watched[0].images}
+    assert train | held == {image.numpy().tobytes() for image in whole.train.images}
+    assert not train & held
+    known = written["provenance"]
+    assert known["split"] == "train on 500, stop by 100 (patience 2), evaluate on 90 (test)"
+    assert known["stopped"] == "after 4 epochs; the weights are those of epoch 2, whose validation loss is 2.00000"
 
 
 def test_tensorboard_reads_what_the_metrics_say(tmp_path):

@@ -125,12 +125,13 @@ def train(
         if position == 0:
             order = torch.randperm(len(images)).to(where)
         rows = order[position * size :][:size]
+        # Before the step, not in it: a CUDA graph writes to where the last gradients lay.
+        optimiser.zero_grad()
         # A compiled step takes it as a tensor: each number would be compiled anew.
         progress = torch.full((), (step - 1) / steps, device=where) if config.compile else (step - 1) / steps
         terms = compute(model, images[rows], None if labels is None else labels[rows], progress, objective.draw())
         if where.type == "cpu" or ends or step % device.LOOK_EVERY == 0:
             _check_finite(terms, step, checkpoint)
-        optimiser.zero_grad()
         terms.loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
