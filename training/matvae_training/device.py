@@ -49,8 +49,8 @@ def compiled(compute: Callable[..., Terms], device: torch.device) -> Callable[..
         except torch._dynamo.exc.TorchDynamoException as error:
             why = str(error).strip().partition("\n")[0]
             raise FitError(
-                f"torch.compile failed ({type(error).__name__}: {why}): on a CPU it needs a C++ compiler; "
-                "train without --compile"
+                f"torch.compile failed ({type(error).__name__}: {why}): on a CPU it needs a C++ compiler, and a cache "
+                "that no kill has cut short (TORCHINDUCTOR_CACHE_DIR names another); or train without --compile"
             ) from error
 
     return call
