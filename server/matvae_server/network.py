@@ -6,6 +6,7 @@ Preprocessing (uint8 to float) is the encoder's first step, so that nobody can g
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,11 +80,15 @@ class MatryoshkaDecoder(nn.Module):
         owner = [index for index, m in enumerate(config.prefixes) for _ in range(m)]
         self.register_buffer("owner", torch.tensor(owner), persistent=False)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """Codes (n, dimensions) -> images in [0, 1] from every prefix (prefixes, n, height, width, channels)."""
-        cut = [codes[:, :m] for m in self.prefixes]
-        hidden = torch.stack([layer(prefix) for layer, prefix in zip(self.inputs, cut, strict=True)])
-        linear = torch.stack([layer(prefix) for layer, prefix in zip(self.linear, cut, strict=True)])
+    def forward(self, codes: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
+        """Codes (n, dimensions) -> images in [0, 1] from every prefix (prefixes, n, height, width, channels).
+
+        With `chosen` only from the prefixes of those indices, in that order; the others cost nothing.
+        """
+        indices = range(len(self.prefixes)) if chosen is None else chosen
+        cut = [codes[:, : self.prefixes[index]] for index in indices]
+        hidden = torch.stack([self.inputs[index](prefix) for index, prefix in zip(indices, cut, strict=True)])
+        linear = torch.stack([self.linear[index](prefix) for index, prefix in zip(indices, cut, strict=True)])
         return self._images(hidden, linear)
 
     def decode(self, codes: Tensor, prefix_index: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """Clusters, reconstructions and sampled codes, against what they must be."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
+from matvae_training.assignment import one_to_one
 from matvae_training.extras import kmeans, kmeans_accuracy, reconstruction_mse, sampled_mlp_accuracy
 from matvae_training.probes import LOGISTIC, MLP, train_heads
 
@@ -29,8 +32,26 @@ def test_clusters_take_the_label_of_most_of_their_members():
     queries, query_labels = blobs(60, 1)
     relabelled = torch.tensor([2, 0, 1])
     found = kmeans_accuracy(codes, relabelled[labels], queries, relabelled[query_labels], (2, 4))
-    assert found == {2: 1.0, 4: 1.0}
-    assert kmeans_accuracy(codes, labels, queries, (query_labels + 1) % 3, (2,)) == {2: 0.0}
+    assert found == {"majority": {2: 1.0, 4: 1.0}, "one_to_one": {2: 1.0, 4: 1.0}}
+    found = kmeans_accuracy(codes, labels, queries, (query_labels + 1) % 3, (2,))
+    assert found == {"majority": {2: 0.0}, "one_to_one": {2: 0.0}}
+
+
+def test_two_clusters_of_one_label_are_one_mistake_where_labels_are_given_once():
+    codes, labels = blobs(300, 0)
+    # Groups 0 and 1 have label 0; group 2 is of label 1 mostly, and of label 2.
+    mixed = torch.where(labels == 2, 1 + (torch.arange(300) % 9 == 2).long(), 0)
+    found = kmeans_accuracy(codes, mixed, codes, mixed, (2,))
+    assert found["majority"][2] > found["one_to_one"][2] + 0.3
+
+
+@pytest.mark.parametrize("n", range(1, 6))
+def test_the_assignment_is_the_best_of_all(n):
+    generator = torch.Generator().manual_seed(n)
+    for _ in range(20):
+        votes = torch.randint(0, 6, (n, n), generator=generator).tolist()
+        sums = {p: sum(votes[i][p[i]] for i in range(n)) for p in itertools.permutations(range(n))}
+        assert sums[tuple(one_to_one(votes))] == max(sums.values())
 
 
 def test_kmeans_of_points_that_are_all_the_same():

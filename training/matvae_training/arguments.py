@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from matvae_server.card import NetworkConfig
+from matvae_training import measuring_arguments
 from matvae_training.config import (
     AUGMENTATIONS,
     CLASSES,
     CONSISTENCIES,
+    DEVICES,
     DIVERGENCES,
     FOLDER,
     HEADS,
@@ -24,6 +25,7 @@ from matvae_training.config import (
     ObjectiveConfig,
     default_prefix_weights,
 )
+from matvae_training.option_values import numbers, shape, whole, whole_numbers
 
 _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "reconstruction": ("what measures a reconstruction", RECONSTRUCTIONS),
@@ -64,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     _add_training(fit)
     _add_objective(fit)
     _add_network(fit)
+    measuring_arguments.add(commands, objective=_add_objective, network=_add_network)
     pca = commands.add_parser(
         "pca",
         help="principal components as a bundle",
@@ -114,7 +117,10 @@ def config(options: argparse.Namespace) -> FitConfig:
         weight_decay=options.weight_decay,
         objective=objective(options),
         prefix_weights=options.prefix_weights or default_prefix_weights(options.prefixes),
+        prefixes_per_step=options.prefixes_per_step,
         bfloat16=options.bfloat16,
+        compile=options.compile,
+        device=options.device,
         seed=options.seed,
     )
 
@@ -130,7 +136,7 @@ def _add_data(fit: argparse.ArgumentParser) -> None:
     )
     fit.add_argument(
         "--image-shape",
-        type=_shape,
+        type=shape,
         metavar="H,W,C",
         help="what the images of a folder are brought to; one channel is grey (32,32,3)",
     )
@@ -145,12 +151,12 @@ def _add_data(fit: argparse.ArgumentParser) -> None:
     )
     fit.add_argument(
         "--validation",
-        type=_whole(0),
+        type=whole(0),
         default=0,
         metavar="N",
         help="hold out N training images and evaluate on them, not on the test set",
     )
-    fit.add_argument("--threads", type=_whole(1), help="CPU threads (all cores)")
+    fit.add_argument("--threads", type=whole(1), help="CPU threads (all cores)")
 
 
 def _add_training(fit: argparse.ArgumentParser) -> None:
@@ -163,12 +169,24 @@ def _add_training(fit: argparse.ArgumentParser) -> None:
         help="directory for metrics, a checkpoint after every epoch, and what it takes to repeat the run",
     )
     fit.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run, if there is one")
+    fit.add_argument("--tensorboard", action="store_true", help="metrics also as TensorBoard reads them, in --run")
     fit.add_argument(
-        "--epochs", type=_whole(1), default=default.epochs, help="passes over the training images (%(default)s)"
+        "--patience",
+        type=whole(1),
+        metavar="N",
+        help="stop after N epochs that did not lower the loss of the --validation images, and keep the best weights; "
+        "what is written is then evaluated on the test set, because those images have chosen it",
     )
-    fit.add_argument("--batch-size", type=_whole(2), default=default.batch_size, help="images per step (%(default)s)")
+    fit.add_argument(
+        "--epochs", type=whole(1), default=default.epochs, help="passes over the training images (%(default)s)"
+    )
+    fit.add_argument("--batch-size", type=whole(2), default=default.batch_size, help="images per step (%(default)s)")
     fit.add_argument("--lr", type=float, default=default.learning_rate, help="peak learning rate (%(default)s)")
     fit.add_argument("--weight-decay", type=float, default=default.weight_decay, help="of AdamW (%(default)s)")
+    fit.add_argument("--device", choices=DEVICES, default=default.device, help="where to train (%(default)s)")
+    fit.add_argument(
+        "--compile", action="store_true", help="fuse every step by torch.compile; on a GPU into CUDA graphs"
+    )
     fit.add_argument(
         "--bfloat16", action="store_true", help="matrix products in bfloat16: twice as fast on processors that have it"
     )
@@ -191,25 +209,31 @@ def _add_objective(fit: argparse.ArgumentParser) -> None:
     fit.add_argument("--biased", action="store_true", default=None, help="take the biased estimate of the MMD")
     fit.add_argument(
         "--prefix-weights",
-        type=_numbers,
+        type=numbers,
         metavar="W,W,...",
         help="weights of the prefixes in the loss (3 up to 4 dimensions, 2 up to 8, then 1)",
+    )
+    fit.add_argument(
+        "--prefixes-per-step",
+        type=whole(1),
+        metavar="K",
+        help="train the whole code and K others, drawn at every step, whose weights grow by as much (all)",
     )
 
 
 def _add_network(fit: argparse.ArgumentParser) -> None:
     default = NetworkConfig()
     _add_prefixes(fit)
-    fit.add_argument("--dimensions", type=_whole(1), help="of the whole code (the last of the prefixes)")
+    fit.add_argument("--dimensions", type=whole(1), help="of the whole code (the last of the prefixes)")
     fit.add_argument(
         "--conv-channels",
-        type=_whole_numbers,
+        type=whole_numbers,
         default="32,64,128,128",
         metavar="C,C,...",
         help="channels of the encoder's stride-2 convolutions (%(default)s)",
     )
     fit.add_argument(
-        "--decoder-hidden", type=_whole(1), default=default.decoder_hidden, help="width of the decoder (%(default)s)"
+        "--decoder-hidden", type=whole(1), default=default.decoder_hidden, help="width of the decoder (%(default)s)"
     )
 
 
@@ -217,43 +241,9 @@ def _add_prefixes(fit: argparse.ArgumentParser) -> None:
     default = NetworkConfig()
     fit.add_argument(
         "--prefixes",
-        type=_whole_numbers,
+        type=whole_numbers,
         default=",".join(map(str, default.prefixes)),
         metavar="M,M,...",
         help="trained prefixes, the last of which is the whole code; a single one is a model without Matryoshka "
         "(%(default)s)",
     )
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
-        return value
-
-    return read
-
-
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, not {text!r}") from None
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, not {text!r}") from None
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    sizes = _whole_numbers(text)
-    if len(sizes) != 3 or min(sizes) < 1 or sizes[2] not in (1, 3):
-        raise argparse.ArgumentTypeError(f"must be height, width and 1 or 3 channels, as in 32,32,3, not {text!r}")
-    return sizes[0], sizes[1], sizes[2]

@@ -69,7 +69,9 @@ def write_bundle(
         )
 
         say("clusters, reconstructions, sampled codes")
-        extra["kmeans_accuracy"] = kmeans_accuracy(codes, train.labels, queries, held.labels, network.prefixes)
+        clusters = kmeans_accuracy(codes, train.labels, queries, held.labels, network.prefixes)
+        extra["kmeans_accuracy"] = clusters["majority"]
+        extra["kmeans_one_to_one_accuracy"] = clusters["one_to_one"]
         if model.decoder is not None:
             extra["reconstruction_mse"] = reconstruction_mse(model.decoder, queries, held.images, network.prefixes)
         if hasattr(model.encoder, "posterior"):

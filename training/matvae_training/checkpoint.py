@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from matvae_training import device
 from matvae_training.config import FitError
 from matvae_training.objectives.composition import Network
+from matvae_training.stopping import Stopping
 
 
 class Checkpoint:
@@ -33,6 +35,8 @@ class Checkpoint:
         learned: nn.Module,
         optimiser: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
+        *,
+        stopping: Stopping | None = None,
     ) -> None:
         """Replace it by the state after `step`.
 
@@ -51,8 +55,10 @@ class Checkpoint:
             "learned": learned.state_dict(),
             "optimiser": optimiser.state_dict(),
             "schedule": schedule.state_dict(),
-            "random": torch.get_rng_state(),
+            "random": device.random_state(_device(model)),
         }
+        if stopping is not None:
+            state["stopping"] = stopping.state_dict()
         torch.save(state, buffer)
         partial = self.path.with_name(self.path.name + ".partial")
         try:
@@ -72,15 +78,19 @@ class Checkpoint:
         learned: nn.Module,
         optimiser: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
+        *,
+        stopping: Stopping | None = None,
     ) -> int:
         """Go back to the state it holds; its step, or 0 where there is no file. Raises FitError: it cannot be used."""
         try:
-            state: dict[str, Any] = torch.load(self.path, weights_only=True)
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
             model.load_state_dict(state["model"])
             learned.load_state_dict(state["learned"])
             optimiser.load_state_dict(state["optimiser"])
             schedule.load_state_dict(state["schedule"])
-            torch.set_rng_state(state["random"])
+            if stopping is not None:
+                stopping.load_state_dict(state["stopping"])
+            device.set_random_state(state["random"], _device(model))
             self.step = int(state["step"])
         except FileNotFoundError:
             return 0
@@ -90,3 +100,7 @@ class Checkpoint:
 
     def __str__(self) -> str:
         return f"; the checkpoint of step {self.step} is kept in {self.path}" if self.step else ""
+
+
+def _device(model: Network) -> torch.device:
+    return next(model.parameters()).device

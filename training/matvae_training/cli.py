@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from matvae_server import bundle
 from matvae_server.card import CardError
-from matvae_training import arguments, model_card, provenance
+from matvae_training import arguments, measuring_arguments, model_card, provenance
 from matvae_training.config import DataError, FitError
 
 EXTRA = "matvae-train needs {module}: pip install 'matvae[training]'"
@@ -19,7 +20,29 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a failed export, 2 for input that cannot be used."""
     words = sys.argv[1:] if words is None else list(words)
     options = arguments.parser().parse_args(words)
+    if options.command in measuring_arguments.COMMANDS:
+        return _measure(options, words)
     return _card(options) if options.command == "card" else _fit(options, words)
+
+
+def _measure(options: argparse.Namespace, words: Sequence[str]) -> int:
+    try:
+        from matvae_training import measuring
+    except ModuleNotFoundError as error:
+        return _fail(EXTRA.format(module=error.name))
+    paths = {str(options.data_root): "DATA_ROOT", str(options.out): "OUT"}
+    if hasattr(options, "bundle"):
+        paths[options.bundle] = Path(options.bundle).name
+    try:
+        measuring.run(options, provenance.command("matvae-train", words, paths))
+    except (DataError, FitError, CardError, bundle.BundleError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or options.out}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _fail("interrupted")
+        return 130
+    return 0
 
 
 def _card(options: argparse.Namespace) -> int:
@@ -40,6 +63,8 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
     resume, run, log_file = (getattr(options, name, None) for name in ("resume", "run", "log"))
     if resume and run is None:
         return _fail("--resume needs --run, the directory to go on in")
+    if getattr(options, "tensorboard", False) and run is None:
+        return _fail("--tensorboard needs --run, the directory to write to")
     try:
         from matvae_training import pipeline
         from matvae_training.export import ExportError
@@ -54,6 +79,7 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
         image_shape=options.image_shape,
         exclude_classes=options.exclude_classes,
         validation=options.validation,
+        patience=getattr(options, "patience", None),
     )
     try:
         with contextlib.ExitStack() as stack:
@@ -79,6 +105,7 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
                 log=log,
                 run=run,
                 resume=bool(resume),
+                tensorboard=options.tensorboard,
             )
     except (DataError, FitError, CardError) as error:
         return _fail(str(error))

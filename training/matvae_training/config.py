@@ -42,6 +42,7 @@ MUTUALS = ("official", "reproduced", "none")
 HEADS = ("untied", "tied", "none")
 CONSISTENCIES = ("alignment", "contrast", "none")
 AUGMENTATIONS = ("digits", "garments", "photos", "none")
+DEVICES = ("cpu", "cuda")
 
 
 def _check_number(name: str, value: float, *, positive: bool = False) -> None:
@@ -135,7 +136,11 @@ def default_prefix_weights(prefixes: tuple[int, ...]) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """How to train. One weight per prefix of the network; `batch_size` is also the sample of the MMD: 256 or more."""
+    """How to train. One weight per prefix of the network; `batch_size` is also the sample of the MMD: 256 or more.
+
+    `prefixes_per_step` trains the whole code and so many of the others at every step, not all of them. `device` is
+    where: `cpu` or `cuda`.
+    """
 
     epochs: int = 20
     batch_size: int = 256
@@ -143,7 +148,10 @@ class FitConfig:
     weight_decay: float = 0.01
     objective: ObjectiveConfig = ObjectiveConfig()
     prefix_weights: tuple[float, ...] = (3.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0)
+    prefixes_per_step: int | None = None
     bfloat16: bool = False
+    compile: bool = False
+    device: str = "cpu"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -151,6 +159,13 @@ class FitConfig:
             raise FitError(f"epochs must be at least 1, not {self.epochs}")
         if self.batch_size < 2:
             raise FitError(f"the batch must hold at least 2 images (the MMD compares pairs), not {self.batch_size}")
+        if self.device not in DEVICES:
+            raise FitError(f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
+        if self.prefixes_per_step is not None:
+            if self.prefixes_per_step < 1:
+                raise FitError(f"prefixes_per_step must be at least 1, not {self.prefixes_per_step}")
+            if self.compile:
+                raise FitError("every choice of prefixes would be compiled anew: take prefixes_per_step or compile")
         for name in ("learning_rate", "weight_decay"):
             _check_number(name, getattr(self, name))
         if not all(math.isfinite(weight) and weight >= 0 for weight in self.prefix_weights):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
+from matvae_training import packed
 from matvae_training.config import CLASSES, FOLDER, DataError
 from matvae_training.folder import read_folder, summary
 
@@ -58,8 +59,12 @@ def load(name: str, root: Path, shape: tuple[int, int, int] | None = None) -> Da
     """Read the data set `name`: a key of CLASSES below `root`, or FOLDER, whose images are brought to `shape`.
 
     What torchvision knows is downloaded if it is not there. CIFAR-10 is also read from `cifar10.zip`, a zip of images,
-    which `root` holds or is. Raises DataError.
+    and all of them from the `.npz` that `packed` writes; `root` holds such a file, by the data set's name, or is it.
+    Raises DataError.
     """
+    npz = root if root.suffix == packed.SUFFIX else root / f"{name}{packed.SUFFIX}"
+    if npz.is_file():
+        return _packed(name, npz, shape)
     if name == FOLDER:
         return _folder(root, shape or DEFAULT_SHAPE)
     if shape is not None:
@@ -98,6 +103,23 @@ def _cifar10(archive: Path) -> Dataset:
         raise DataError(f"{archive} is not CIFAR-10, or corrupt ({why}): fetch it again")
     train, test = (Split(images=images, labels=labels) for images, labels in found.splits.values())
     return _dataset("cifar10", found.classes, train, test)
+
+
+def _packed(name: str, file: Path, shape: tuple[int, int, int] | None) -> Dataset:
+    classes, parts = packed.read(file)
+    train, test = (Split(images=images, labels=labels) for images, labels in parts)
+    if name != FOLDER and classes != CLASSES[name]:
+        raise DataError(f"{file} is not {name}: its classes are {', '.join(classes)}")
+    if shape is not None and train.images.shape[1:] != shape:
+        raise DataError(f"{file} has images of {tuple(train.images.shape[1:])}: pack them again for another shape")
+    return _dataset(name, classes, train, test)
+
+
+def pack(data: Dataset, file: Path) -> None:
+    """Write a data set as one `.npz`, which `load` reads. Raises DataError: it is not named so; OSError."""
+    if file.suffix != packed.SUFFIX:
+        raise DataError(f"a packed data set is a {packed.SUFFIX} file, not {file.name}")
+    packed.write(file, data.classes, ((data.train.images, data.train.labels), (data.test.images, data.test.labels)))
 
 
 def without(data: Dataset, names: Sequence[str]) -> Dataset:

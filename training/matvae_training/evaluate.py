@@ -96,15 +96,24 @@ def evaluate(
         for head in heads:
             hits = classify(head, unpacked) == query_labels
             add(head.kind, head.dimensions, precision, hits.double().mean().item())
-        nearest = _nearest(gallery, queries, precision, quantiser, prefixes)
+        found = _nearest(gallery, queries, precision, quantiser, prefixes)
         if truth is None:  # float32 comes first, the full code last
-            truth = nearest[-1]
-        for dimensions, rows in zip(prefixes, nearest, strict=True):
-            votes = torch.nn.functional.one_hot(gallery_labels[rows], classes).sum(1)
-            add("knn", dimensions, precision, (votes.argmax(1) == query_labels).double().mean().item())
-            shared = (rows[:, :, None] == truth[:, None, :]).any(2)
-            add("recall@10", dimensions, precision, shared.double().mean().item())
+            truth = found[-1]
+        for dimensions, rows in zip(prefixes, found, strict=True):
+            voted = vote(rows, gallery_labels, classes)
+            add("knn", dimensions, precision, (voted == query_labels).double().mean().item())
+            add("recall@10", dimensions, precision, recall(rows, truth))
     return tuple(metrics)
+
+
+def vote(rows: Tensor, gallery_labels: Tensor, classes: int) -> Tensor:
+    """The label that most of the gallery rows (q, k) of each query have: (q,)."""
+    return torch.nn.functional.one_hot(gallery_labels[rows], classes).sum(1).argmax(1)
+
+
+def recall(rows: Tensor, truth: Tensor) -> float:
+    """How many of the gallery rows `truth` (q, k) are among `rows` (q, k), from 0 to 1."""
+    return (rows[:, :, None] == truth[:, None, :]).any(2).double().mean().item()
 
 
 def _round_trip(codes: Tensor, precision: str, quantiser: codec.Quantiser) -> Tensor:
@@ -123,12 +132,20 @@ def _nearest(
         points, searched = ((codes > threshold).float() * 2 - 1 for codes in (gallery, queries))
     else:
         points, searched = (_round_trip(codes, precision, quantiser) for codes in (gallery, queries))
+    return nearest(points, searched, prefixes, by_row=binary)
+
+
+def nearest(points: Tensor, searched: Tensor, prefixes: Sequence[int], *, by_row: bool = False) -> Tensor:
+    """Rows of the 10 of `points` (n, dimensions) nearest to each of `searched` (q, dimensions): (prefixes, q, 10).
+
+    `by_row`: distances are whole numbers, and at equal ones the lower row is nearer.
+    """
 
     def chunks() -> Iterator[Tensor]:
         for chunk in torch.split(searched, _CHUNK):
             found = []
             for distances in prefix_distances(chunk, points, prefixes):
-                keys = distances.long() * len(points) + torch.arange(len(points)) if binary else distances
+                keys = distances.long() * len(points) + torch.arange(len(points)) if by_row else distances
                 found.append(keys.topk(min(NEIGHBOURS, len(points)), largest=False).indices)
             yield torch.stack(found)
 

@@ -1,7 +1,8 @@
 """What else a code is worth, beside the metrics of the card: clusters, reconstructions, and codes that are sampled.
 
 kmeans_accuracy        k-means with as many clusters as classes; each cluster is given the label that most of its
-                       training images have (as Ma et al. 2019 evaluate MAE), and test images that of their cluster
+                       training images have (as Ma et al. 2019 evaluate MAE), and test images that of their cluster.
+                       one_to_one: no two clusters get the same label (`assignment`), the stricter score
 reconstruction_mse     mean squared error per pixel, in [0, 1], of what every prefix decodes to
 sampled_mlp_accuracy   the MLP heads on codes drawn from the posterior (the report's "sampling"), where those on
                        its means (its "MAP") stand on the card: the gap says how wide posteriors are
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from matvae_server.bundle import Head
+from matvae_training.assignment import one_to_one
 from matvae_training.probes import classify
 
 ByPrefix = dict[int, float]
@@ -25,19 +27,26 @@ _RESTARTS, _ROUNDS, _BATCH = 3, 30, 500
 
 @torch.inference_mode()
 def kmeans_accuracy(
-    gallery: Tensor, gallery_labels: Tensor, queries: Tensor, query_labels: Tensor, prefixes: Sequence[int]
-) -> ByPrefix:
-    """Of codes (n, dimensions), (q, dimensions) and labels, by prefix."""
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    prefixes: Sequence[int],
+    *,
+    seed: int = 0,
+) -> dict[str, ByPrefix]:
+    """Of codes (n, dimensions), (q, dimensions) and labels: `majority` and `one_to_one`, each by prefix."""
     classes = int(gallery_labels.max()) + 1
-    generator = torch.Generator().manual_seed(0)
-    accuracies = {}
+    generator = torch.Generator().manual_seed(seed)
+    accuracies: dict[str, ByPrefix] = {"majority": {}, "one_to_one": {}}
     for m in prefixes:
         centres = kmeans(gallery[:, :m], classes, generator)
         votes = torch.zeros(len(centres), classes)
         members = torch.cdist(gallery[:, :m], centres).argmin(1)
         votes.index_add_(0, members, one_hot(gallery_labels, classes).float())
-        found = votes.argmax(1)[torch.cdist(queries[:, :m], centres).argmin(1)]
-        accuracies[m] = (found == query_labels).double().mean().item()
+        found = torch.cdist(queries[:, :m], centres).argmin(1)
+        for name, labels in (("majority", votes.argmax(1)), ("one_to_one", torch.tensor(one_to_one(votes.tolist())))):
+            accuracies[name][m] = (labels[found] == query_labels).double().mean().item()
     return accuracies
 
 

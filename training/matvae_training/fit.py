@@ -1,4 +1,4 @@
-"""Fit the network: one loop, one optimiser, no data loader.
+"""Fit the network: one loop, one optimiser, no data loader. What differs on a GPU is in `device`.
 
 AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) under a one-cycle schedule (Smith & Topin 2019, arXiv 1708.07120).
 """
@@ -16,15 +16,20 @@ from torch import Tensor
 
 from matvae_server.card import NetworkConfig
 from matvae_server.network import MatVae
+from matvae_training import device
 from matvae_training.checkpoint import Checkpoint
 from matvae_training.config import FitConfig, FitError
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Matryoshka, Network, Terms
+from matvae_training.stopping import Stopping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """The state after a step. `terms` are those of its batch; `images_per_second` counts from the first step."""
+    """The state after a step. `terms` are those of its batch; `images_per_second` counts from the first step.
+
+    `validation_loss` stands at the end of an epoch, where there is a validation split to stop by.
+    """
 
     epoch: int
     step: int
@@ -33,6 +38,7 @@ class Progress:
     images_per_second: float
     seconds_left: float
     terms: Terms
+    validation_loss: float | None = None
 
     def record(self) -> dict[str, Any]:
         """The same as plain values, for one line of JSON."""
@@ -41,6 +47,8 @@ class Progress:
             "step": self.step,
             "images_per_second": round(self.images_per_second, 1),
             "loss": round(self.terms.loss.item(), 5),
+            **({} if self.validation_loss is None else {"validation_loss": round(self.validation_loss, 5)}),
+            "prefixes": list(self.terms.prefixes),
             **{name: [round(value, 5) for value in part.tolist()] for name, part in self.terms.parts.items()},
         }
 
@@ -53,16 +61,19 @@ def fit(
     *,
     labels: Tensor | None = None,
     checkpoint: Checkpoint | None = None,
+    stopping: Stopping | None = None,
 ) -> MatVae:
     """Train on uint8 images (n, height, width, channels), int64 labels (n,); returns the network in eval mode.
 
-    Labels are read only by an objective with heads. `report` is called after every step. The same seed on the same
-    machine gives the same network. Raises what `train` does.
+    It trains on the device of `config`, and is on the CPU when it returns. Labels are read only by an objective with
+    heads. `report` is called after every step. The same seed on the same machine gives the same network. Raises what
+    `train` does, and FitError where there is no such device.
     """
+    where = device.find(config.device)
     torch.manual_seed(config.seed)
-    model = MatVae(network).to(memory_format=torch.channels_last)
-    train(model, images, config, report, labels=labels, checkpoint=checkpoint)
-    return model
+    model = MatVae(network).to(memory_format=torch.channels_last).to(where)
+    train(model, images, config, report, labels=labels, checkpoint=checkpoint, stopping=stopping)
+    return model.cpu()
 
 
 def train(
@@ -73,12 +84,14 @@ def train(
     *,
     labels: Tensor | None = None,
     checkpoint: Checkpoint | None = None,
+    stopping: Stopping | None = None,
 ) -> None:
-    """Train a model that exists, as `fit` does; seeding and making it is the caller's. It ends in eval mode.
+    """Train a model that exists, as `fit` does, where it is; seeding and making it is the caller's. Ends in eval mode.
 
     With a `checkpoint`, training goes on from what it holds, step by step as if it had never stopped, and saves to it
-    after every epoch. Raises FitError: fewer images than a batch, a weight or the labels missing, a term that is no
-    longer a number, or what a checkpoint raises.
+    after every epoch. With `stopping`, it ends when that says so, and the model has its best weights then. Raises
+    FitError: fewer images than a batch, a weight or the labels missing, a term that is no longer a number, or what a
+    checkpoint raises.
     """
     network, size = model.config, config.batch_size
     if len(config.prefix_weights) != len(network.prefixes):
@@ -91,9 +104,11 @@ def train(
         raise FitError("a model without a decoder cannot reconstruct: take an objective with heads alone")
     classes = int(labels.max()) + 1 if labels is not None else 0
     model.train()
-    objective = Matryoshka(
-        objective=build(config.objective, network, classes, bfloat16=config.bfloat16), weights=config.prefix_weights
-    )
+    objective = nested(config, network, classes)
+    where = next(iter(model.parameters())).device
+    objective.learned().to(where)
+    compute = device.compiled(objective.__call__, where) if config.compile else objective
+    images, labels = images.to(where), labels if labels is None else labels.to(where)
     # A last, smaller batch would make the MMD noisier: left out. The next epoch draws another order.
     per_epoch = len(images) // size
     steps = per_epoch * config.epochs
@@ -101,19 +116,26 @@ def train(
     optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=steps)
     stateful = (model, objective.learned(), optimiser, schedule)
-    done = checkpoint.load(*stateful) if checkpoint else 0
+    done = checkpoint.load(*stateful, stopping=stopping) if checkpoint else 0
     started = time.perf_counter()
     for step in range(done + 1, steps + 1):
-        position = (step - 1) % per_epoch
+        if stopping and stopping.stops:
+            break
+        position, ends = (step - 1) % per_epoch, step % per_epoch == 0
         if position == 0:
-            order = torch.randperm(len(images))
+            order = torch.randperm(len(images)).to(where)
         rows = order[position * size :][:size]
-        terms = objective(model, images[rows], None if labels is None else labels[rows], (step - 1) / steps)
-        _check_finite(terms, network.prefixes, step, checkpoint)
+        # Before the step, not in it: a CUDA graph writes to where the last gradients lay.
         optimiser.zero_grad()
+        # A compiled step takes it as a tensor: each number would be compiled anew.
+        progress = torch.full((), (step - 1) / steps, device=where) if config.compile else (step - 1) / steps
+        terms = compute(model, images[rows], None if labels is None else labels[rows], progress, objective.draw())
+        if where.type == "cpu" or ends or step % device.LOOK_EVERY == 0:
+            _check_finite(terms, step, checkpoint)
         terms.loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
+        validation_loss = stopping.see(objective, model, size) if stopping and ends else None
         elapsed = time.perf_counter() - started
         report(
             Progress(
@@ -124,19 +146,31 @@ def train(
                 images_per_second=(step - done) * size / elapsed,
                 seconds_left=elapsed / (step - done) * (steps - step),
                 terms=terms,
+                validation_loss=validation_loss,
             )
         )
-        if checkpoint and step % per_epoch == 0:
-            checkpoint.save(step, *stateful)
+        if checkpoint and ends:
+            checkpoint.save(step, *stateful, stopping=stopping)
+    if stopping:
+        stopping.restore(model)
     model.eval()
 
 
-def _check_finite(terms: Terms, prefixes: tuple[int, ...], step: int, checkpoint: Checkpoint | None) -> None:
+def nested(config: FitConfig, network: NetworkConfig, classes: int) -> Matryoshka:
+    """The objective that `config` describes, over the prefixes of the network."""
+    return Matryoshka(
+        objective=build(config.objective, network, classes, bfloat16=config.bfloat16),
+        weights=config.prefix_weights,
+        sampled_prefixes=config.prefixes_per_step,
+    )
+
+
+def _check_finite(terms: Terms, step: int, checkpoint: Checkpoint | None) -> None:
     if torch.isfinite(terms.loss):
         return
     advice = f"try a lower learning rate{checkpoint or ''}"
     for name, part in terms.parts.items():
-        for prefix, value in zip(prefixes, part.tolist(), strict=True):
+        for prefix, value in zip(terms.prefixes, part.tolist(), strict=True):
             if not math.isfinite(value):
                 raise FitError(f"step {step}: the {name} of prefix {prefix} is {value}; {advice}")
     raise FitError(f"step {step}: the loss is {terms.loss.item()}; {advice}")

@@ -22,6 +22,7 @@ from matvae_training.fit import Progress, fit
 from matvae_training.folder import summary
 from matvae_training.pca import fit_pca
 from matvae_training.run import Run
+from matvae_training.stopping import Stopping
 
 _SPLIT_SEED = 0  # not the training seed, so that every run is validated on the same images
 
@@ -31,9 +32,10 @@ class Source:
     """What to train and measure on.
 
     With `validation` that many training images are held out and evaluated on, and the test set is not looked at;
-    without, all of them train and the test set is evaluated once. `image_shape` (height, width, channels) is what the
-    images of a folder are brought to, and `name` the model's, where it is not the data's. Classes named in
-    `exclude_classes` are left out of everything, and the card says so.
+    without, all of them train and the test set is evaluated once. With `patience`, the held-out images stop training
+    after so many epochs that did not fit them better, and the test set is evaluated once. `image_shape` (height, width,
+    channels) is what the images of a folder are brought to, and `name` the model's, where it is not the data's. Classes
+    named in `exclude_classes` are left out of everything, and the card says so.
     """
 
     dataset: str
@@ -42,6 +44,7 @@ class Source:
     image_shape: tuple[int, int, int] | None = None
     exclude_classes: tuple[str, ...] = ()
     validation: int = 0
+    patience: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,12 +56,23 @@ class _Prepared:
     train: Split
     held: Split
     split: str
+    stopping: Stopping | None
     known: dict[str, str]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         height, width, channels = self.train.images.shape[1:]
         return height, width, channels
+
+    @property
+    def stopped(self) -> dict[str, str]:
+        """When training stopped and which weights it kept, where it could stop early."""
+        if self.stopping is None:
+            return {}
+        kept = (
+            f"the weights are those of epoch {self.stopping.epoch}, whose validation loss is {self.stopping.loss:.5f}"
+        )
+        return {"stopped": f"after {self.stopping.seen} epochs; {kept}"}
 
 
 def fit_bundle(
@@ -72,6 +86,7 @@ def fit_bundle(
     log: IO[str] | None = None,
     run: Path | None = None,
     resume: bool = False,
+    tensorboard: bool = False,
 ) -> Card:
     """Train on `source`, evaluate, and write the bundle into `out`; returns its card.
 
@@ -92,7 +107,7 @@ def fit_bundle(
     kept = None
     if run is not None:
         shaped = {"network": json.dumps(dataclasses.asdict(network), sort_keys=True)}
-        kept = Run(run, {**repeat, **shaped}, resume=resume)
+        kept = Run(run, {**repeat, **shaped}, resume=resume, tensorboard=tensorboard)
 
     _say(f"fit: {len(data.train)} images, {config.epochs} epochs")
     model = fit(
@@ -102,6 +117,7 @@ def fit_bundle(
         _Reporter(log, kept.record if kept else None),
         labels=data.train.labels if config.objective.uses_labels else None,
         checkpoint=kept.checkpoint if kept else None,
+        stopping=data.stopping,
     )
     seconds = f"{time.perf_counter() - started:.0f} to fit"
     return _write(model, data, out, describe(data.name, network, config.objective), {**repeat, "seconds": seconds})
@@ -138,25 +154,29 @@ def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
     held_out = hold_out(data.train, source.validation, _SPLIT_SEED) if source.validation else (data.train, data.test)
     train, held = held_out
     split = "validation" if source.validation else "test"
+    stopping, stop = None, ""
+    if source.patience is not None:
+        if source.validation < 2:
+            raise FitError("patience needs validation images, at least 2: the test set never stops a training")
+        stopping = Stopping(held, source.patience)
+        stop = f", stop by {len(held)} (patience {source.patience})"
+        held, split = data.test, "test"
     known = {
         "dataset": source.dataset,
         "data_sha256": data.digest,
-        "split": f"train on {len(train)}, evaluate on {len(held)} ({split})",
+        "split": f"train on {len(train)}{stop}, evaluate on {len(held)} ({split})",
         "n_train": str(len(train)),
         "excluded_classes": json.dumps({whole.classes.index(name): name for name in source.exclude_classes}),
         "unreadable_files": str(len(whole.unreadable)),
     }
     name = source.name or (source.root.stem if source.dataset == FOLDER else source.dataset)
-    return _Prepared(name=name, classes=data.classes, train=train, held=held, split=split, known=known)
+    return _Prepared(
+        name=name, classes=data.classes, train=train, held=held, split=split, stopping=stopping, known=known
+    )
 
 
 def _circumstances(command: str) -> dict[str, str]:
-    return {
-        "hardware": provenance.hardware(torch.get_num_threads()),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-        "command": command,
-    }
+    return provenance.circumstances(torch.get_num_threads(), command)
 
 
 def _write(model: Servable, data: _Prepared, out: Path, description: str, known: Mapping[str, str]) -> Card:
@@ -169,7 +189,7 @@ def _write(model: Servable, data: _Prepared, out: Path, description: str, known:
         out=out,
         name=data.name,
         description=description,
-        provenance=known,
+        provenance={**known, **data.stopped},
         say=_say,
     )
     _say(f"{out}: {card.fingerprint[:12]}\n{table(card)}")
@@ -209,7 +229,8 @@ class _Reporter:
             loss = progress.terms.loss.item()
             line = (
                 f"epoch {progress.epoch}, step {progress.step}/{progress.steps}, loss {loss:.3f}, "
-                f"{progress.images_per_second:.0f} images/s, {progress.seconds_left:.0f} s left"
+                + (f"validation {progress.validation_loss:.3f}, " if progress.validation_loss is not None else "")
+                + f"{progress.images_per_second:.0f} images/s, {progress.seconds_left:.0f} s left"
             )
             print(f"\r\033[K{line}" if self._live else line, end="\n" if ends else "", file=sys.stderr, flush=True)
         if ends and self._log is not None:

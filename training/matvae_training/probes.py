@@ -1,7 +1,8 @@
 """Heads: small classifiers of every prefix, trained together on codes that stand still.
 
 All prefixes are one stacked network: the first layer of each sees the whole code through a mask that leaves it its
-prefix, so a batch is read once and multiplied once. Inputs are standardised, because a code's raw scale differs from
+prefix, so a batch is read once and multiplied once. The folds of a cross validation are stacked in the same way: each
+has rows of its own, and they are trained at once. Inputs are standardised, because a code's raw scale differs from
 dimension to dimension and a head is trained with one learning rate.
 """
 
@@ -37,12 +38,14 @@ MLP = ProbeConfig(kind="mlp", hidden=(256,), epochs=40, learning_rate=5e-3, drop
 
 
 class StackedProbe(nn.Module):
-    """One classifier per prefix, as stacked weights (prefixes, inputs, outputs)."""
+    """One classifier per fold and prefix, as stacked weights (folds * prefixes, inputs, outputs)."""
 
     mask: Tensor
 
-    def __init__(self, prefixes: Sequence[int], classes: int, config: ProbeConfig) -> None:
+    def __init__(self, prefixes: Sequence[int], classes: int, config: ProbeConfig, folds: int = 1) -> None:
         super().__init__()
+        self.kind, self.folds = config.kind, folds
+        prefixes = list(prefixes) * folds
         sizes = (prefixes[-1], *config.hidden, classes)
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
@@ -55,8 +58,9 @@ class StackedProbe(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Standardised codes (n, dimensions) -> logits (prefixes, n, classes)."""
-        outputs = codes.expand(len(self.mask), -1, -1)
+        """Standardised codes (folds, n, dimensions), of one fold also (n, ...) -> logits (folds * prefixes, n, ...)."""
+        prefixes = len(self.mask) // self.folds
+        outputs = codes.reshape(self.folds, 1, *codes.shape[-2:]).expand(-1, prefixes, -1, -1).flatten(0, 1)
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             masked = weight * self.mask[:, :, None] if index == 0 else weight
             outputs = torch.baddbmm(bias, outputs if index == 0 else self.dropout(outputs.relu()), masked)
@@ -67,34 +71,54 @@ def train_heads(
     codes: Tensor, labels: Tensor, prefixes: Sequence[int], classes: int, config: ProbeConfig
 ) -> dict[int, Head]:
     """Train one head per prefix on float32 codes (n, dimensions) and labels int64 (n,). Returns them by prefix."""
+    (heads,) = train_folds(codes, labels, [torch.arange(len(codes))], prefixes=prefixes, classes=classes, config=config)
+    return heads
+
+
+def train_folds(
+    codes: Tensor,
+    labels: Tensor,
+    folds: Sequence[Tensor],
+    *,
+    prefixes: Sequence[int],
+    classes: int,
+    config: ProbeConfig,
+) -> list[dict[int, Head]]:
+    """As `train_heads`, for several sets of rows at once, each int64 (n,), all of one length. Returns heads by fold."""
     torch.manual_seed(config.seed)
-    mean = codes.mean(0)
+    count = len(folds[0])
+    mean = torch.stack([codes[rows].mean(0) for rows in folds])
     # A dimension that never moves carries nothing: any positive scale does.
-    scale = codes.std(0, correction=0)
+    scale = torch.stack([codes[rows].std(0, correction=0) for rows in folds])
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    inputs = (codes - mean) / scale
-    probe = StackedProbe(prefixes, classes, config).train()
+    probe = StackedProbe(prefixes, classes, config, len(folds)).train()
     optimiser = torch.optim.AdamW(probe.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    steps = config.epochs * math.ceil(len(codes) / config.batch_size)
+    steps = config.epochs * math.ceil(count / config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(config.epochs):
-        for batch in torch.split(torch.randperm(len(codes)), config.batch_size):
-            logits = probe(inputs[batch])
-            targets = labels[batch].repeat(len(prefixes))
-            # The prefixes share no weight, so the sum trains each as if it were alone.
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets) * len(prefixes)
+        orders = torch.stack([rows[torch.randperm(count)] for rows in folds])
+        for batch in torch.split(orders, config.batch_size, dim=1):
+            logits = probe((codes[batch] - mean[:, None]) / scale[:, None])
+            targets = labels[batch][:, None].expand(-1, len(prefixes), -1).flatten()
+            # Folds and prefixes share no weight, so the sum trains each as if it were alone.
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets) * len(logits)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
+    return [_heads(probe, fold, prefixes, mean[fold], scale[fold]) for fold in range(len(folds))]
+
+
+def _heads(probe: StackedProbe, fold: int, prefixes: Sequence[int], mean: Tensor, scale: Tensor) -> dict[int, Head]:
     heads = {}
     for index, m in enumerate(prefixes):
+        at = fold * len(prefixes) + index
         layers = []
         for layer, (weight, bias) in enumerate(zip(probe.weights, probe.biases, strict=True)):
-            rows = weight[index, :m] if layer == 0 else weight[index]
-            layers.append((rows.detach().T.contiguous().numpy(), bias[index, 0].detach().clone().numpy()))
+            rows = weight[at, :m] if layer == 0 else weight[at]
+            layers.append((rows.detach().T.contiguous().numpy(), bias[at, 0].detach().clone().numpy()))
         standard = (mean[:m].clone().numpy(), scale[:m].clone().numpy())
-        heads[m] = Head(kind=config.kind, dimensions=m, mean=standard[0], scale=standard[1], layers=tuple(layers))
+        heads[m] = Head(kind=probe.kind, dimensions=m, mean=standard[0], scale=standard[1], layers=tuple(layers))
     return heads
 
 

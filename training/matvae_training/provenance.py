@@ -52,6 +52,11 @@ def hardware(threads: int) -> str:
     return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def circumstances(threads: int, command: str) -> dict[str, str]:
+    """All of it: where, with what, by which code and by which command."""
+    return {"hardware": hardware(threads), "versions": versions(), "commit": commit(), "command": command}
+
+
 def versions() -> str:
     """Versions of python and of every package that shapes the result."""
     return ", ".join(

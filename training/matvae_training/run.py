@@ -3,6 +3,7 @@
 run.json       command, configuration, seed, commit, versions, hardware, SHA-256 of the data
 metrics.jsonl  one line of JSON per epoch
 checkpoint.pt  the state after the last whole epoch
+tensorboard/   the metrics once more, as TensorBoard reads them, where they are asked for
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from matvae_training.checkpoint import Checkpoint
 from matvae_training.config import FitError
+from matvae_training.tensorboard import Board
 
 FORMAT = 1
 SAME = ("config", "network", "data_sha256", "split", "excluded_classes")
@@ -23,8 +25,9 @@ SAME = ("config", "network", "data_sha256", "split", "excluded_classes")
 class Run:
     """The directory `path`, made if need be. Raises FitError where it holds another run, or one and not `resume`."""
 
-    def __init__(self, path: Path, description: Mapping[str, str], *, resume: bool) -> None:
+    def __init__(self, path: Path, description: Mapping[str, str], *, resume: bool, tensorboard: bool = False) -> None:
         self.path = path
+        self._board = Board(path / "tensorboard") if tensorboard else None
         self.checkpoint = Checkpoint(path / "checkpoint.pt")
         self._trimmed = False
         path.mkdir(parents=True, exist_ok=True)
@@ -43,6 +46,8 @@ class Run:
             self._trimmed = True
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self._board:
+            self._board.record(record, self.checkpoint.step)
 
     def _forget_after(self, step: int) -> None:
         if not self._metrics.exists():

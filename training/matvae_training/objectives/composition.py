@@ -5,12 +5,21 @@
 Matryoshka representation learning (Kusupati et al. 2022, arXiv 2205.13147) sums one loss over nested prefixes; here
 that loss is any `Objective`: a reconstruction, a divergence, or what else a file beside this one defines. A term is
 computed for all prefixes at once, because what it computes for one it needs again for the next.
+
+A step may also take the whole code and only K of the P - 1 other prefixes, drawn anew for every batch:
+
+    L' = w_P (...)  +  (P - 1) / K  sum over the K drawn of  w_m (...)
+
+Each of the others is drawn with probability K / (P - 1), so E L' = L, and the gradient is right on average: the step is
+cheaper and noisier. Without the factor short prefixes would weigh less the fewer are drawn. The whole code is never
+left out, because it alone trains the last coordinates. The idea of a few prefixes a step is sentence-transformers'
+(`n_dims_per_step` of its MatryoshkaLoss).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +38,8 @@ class Batch:
     log_variance     posterior log variances (n, dimensions)
     codes            a sample of the posterior, or its mean (n, dimensions)
     reconstructions  from every prefix (prefixes, n, height, width, channels), where a term reads them
-    progress         how much of the training is done, from 0 to 1
+    prefixes         those that this batch is about: all of the network, or some of them
+    progress         how much of the training is done, from 0 to 1; on a GPU a tensor ()
     other            posterior means of a second view of the images (n, dimensions), where a term compares two
     """
 
@@ -40,13 +50,17 @@ class Batch:
     codes: Tensor
     reconstructions: Tensor | None
     prefixes: tuple[int, ...]
-    progress: float
+    progress: float | Tensor
     other: Tensor | None = None
 
     @property
     def pixels(self) -> int:
         """Numbers of one image. Terms are per pixel, so that one weight fits images of all sizes."""
         return self.images[0].numel()
+
+
+class _Decoder(Protocol):
+    def __call__(self, codes: Tensor, chosen: Sequence[int] | None = None, /) -> Tensor: ...
 
 
 Term = Callable[[Batch], Tensor]
@@ -71,8 +85,8 @@ class Network(Protocol):
         ...
 
     @property
-    def decoder(self) -> Callable[[Tensor], Tensor] | None:
-        """Codes to images from every prefix; or nothing, and then no term can reconstruct."""
+    def decoder(self) -> _Decoder | None:
+        """Codes to images from every prefix or those of some indices; or nothing: then no term can reconstruct."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -98,6 +112,7 @@ class Terms:
 
     loss: Tensor
     parts: Mapping[str, Tensor]
+    prefixes: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,9 +135,17 @@ class Objective:
         return nn.ModuleDict({name: term for name, (_, term) in self.terms.items() if isinstance(term, nn.Module)})
 
     def parts(
-        self, network: Network, images: Tensor, labels: Tensor | None = None, progress: float = 0.0
+        self,
+        network: Network,
+        images: Tensor,
+        labels: Tensor | None = None,
+        progress: float | Tensor = 0.0,
+        chosen: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """The terms of one uint8 batch (n, height, width, channels), unweighted, each (prefixes,)."""
+        """The terms of one uint8 batch (n, height, width, channels), unweighted, each (prefixes,).
+
+        `chosen` are the indices of the prefixes to compute, in ascending order; without it, all.
+        """
         views = [images] if self.augment is None else [self.augment(images) for _ in range(2 if self.paired else 1)]
         images, seen, other = views[0], torch.cat(views) if self.paired else views[0], None
         # In bfloat16 only the matrix products are: parameters, posterior and losses stay float32.
@@ -137,7 +160,7 @@ class Objective:
         if self.decodes:
             assert network.decoder is not None, "an objective that reconstructs needs a decoder"
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
-                reconstructions = network.decoder(codes)
+                reconstructions = network.decoder(codes) if chosen is None else network.decoder(codes, chosen)
             reconstructions = reconstructions.float()
         batch = Batch(
             images=targets,
@@ -146,7 +169,7 @@ class Objective:
             log_variance=log_variance,
             codes=codes,
             reconstructions=reconstructions,
-            prefixes=network.config.prefixes,
+            prefixes=_prefixes(network, chosen),
             progress=progress,
             other=other,
         )
@@ -159,26 +182,58 @@ class Objective:
         )
         return sum(rest, start=first)
 
-    def __call__(self, network: Network, images: Tensor, labels: Tensor | None = None, progress: float = 0.0) -> Terms:
+    def __call__(
+        self, network: Network, images: Tensor, labels: Tensor | None = None, progress: float | Tensor = 0.0
+    ) -> Terms:
         """What a batch costs without Matryoshka: the network has one prefix, the whole code."""
         parts = self.parts(network, images, labels, progress)
         (loss,) = self.weighted(parts)
-        return Terms(loss=loss, parts=parts)
+        return Terms(loss=loss, parts=parts, prefixes=network.config.prefixes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Matryoshka:
-    """Any objective, nested: `weights` has one entry for each prefix of the network."""
+    """Any objective, nested: `weights` has one entry for each prefix of the network.
+
+    `sampled_prefixes` is the K above; without it every prefix is computed at every step.
+    """
 
     objective: Objective
     weights: tuple[float, ...]
+    sampled_prefixes: int | None = None
 
     def learned(self) -> nn.ModuleDict:
         """See `Objective.learned`."""
         return self.objective.learned()
 
-    def __call__(self, network: Network, images: Tensor, labels: Tensor | None = None, progress: float = 0.0) -> Terms:
-        """What a uint8 batch (n, height, width, channels) costs over all prefixes."""
-        parts = self.objective.parts(network, images, labels, progress)
+    def draw(self) -> tuple[int, ...] | None:
+        """The indices of the prefixes of one step, in ascending order; None for all, and then nothing is drawn."""
+        others = len(self.weights) - 1
+        if self.sampled_prefixes is None or self.sampled_prefixes >= others:
+            return None
+        return (*sorted(torch.randperm(others)[: self.sampled_prefixes].tolist()), others)
+
+    def __call__(
+        self,
+        network: Network,
+        images: Tensor,
+        labels: Tensor | None = None,
+        progress: float | Tensor = 0.0,
+        chosen: Sequence[int] | None = None,
+    ) -> Terms:
+        """What a uint8 batch (n, height, width, channels) costs over all prefixes, or as those `chosen` estimate it."""
+        parts = self.objective.parts(network, images, labels, progress, chosen)
         weighted = self.objective.weighted(parts)
-        return Terms(loss=(weighted.new_tensor(self.weights) * weighted).sum(), parts=parts)
+        weights = self.weights
+        if chosen is not None:
+            *drawn, whole = (self.weights[index] for index in chosen)
+            factor = (len(self.weights) - 1) / len(drawn)
+            weights = (*(factor * weight for weight in drawn), whole)
+        return Terms(
+            loss=(weighted.new_tensor(weights) * weighted).sum(), parts=parts, prefixes=_prefixes(network, chosen)
+        )
+
+
+def _prefixes(network: Network, chosen: Sequence[int] | None) -> tuple[int, ...]:
+    known = network.config.prefixes
+    return known if chosen is None else tuple(known[index] for index in chosen)

@@ -21,13 +21,14 @@ class Heads(nn.Module):
 
     def __init__(self, prefixes: Sequence[int], classes: int, *, tied: bool = False) -> None:
         super().__init__()
+        self.prefixes = tuple(prefixes)
         widths = prefixes[-1:] if tied else prefixes
         self.layers = nn.ModuleList(nn.Linear(m, classes) for m in widths)
 
     def logits(self, codes: Tensor, prefixes: Sequence[int]) -> Tensor:
-        """Codes (n, dimensions) -> (prefixes, n, classes)."""
-        layers = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
-        layers *= len(prefixes) // len(layers)
+        """Codes (n, dimensions), some or all of the trained prefixes -> (prefixes, n, classes)."""
+        known = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        layers = [known[self.prefixes.index(m)] if len(known) > 1 else known[0] for m in prefixes]
         return torch.stack(
             [linear(codes[:, :m], layer.weight[:, :m], layer.bias) for m, layer in zip(prefixes, layers, strict=True)]
         )

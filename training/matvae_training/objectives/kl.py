@@ -30,7 +30,7 @@ class Capacity:
 
     def __call__(self, batch: Batch) -> Tensor:
         """By prefix: (prefixes,)."""
-        capacity = self.nats * min(1.0, 2.0 * batch.progress)
+        capacity = self.nats * torch.as_tensor(2.0 * batch.progress).clamp(max=1.0)
         return (_nats(batch) - capacity).abs() / batch.pixels
 
 

@@ -1,0 +1,85 @@
+"""The scripts of the bundles: they say how what lies in the repository was made, and they run."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from matvae_server import bundle
+from matvae_training import cli
+from matvae_training.arguments import parser
+
+BUNDLES = {
+    "fashion-mnist": "server/matvae_server/bundles/fashion-mnist",
+    "mnist": "bundles/mnist",
+    "cifar10": "bundles/cifar10",
+}
+
+
+def fit_command(repository, name):
+    """What the script runs, with the placeholders of a card, and without the options that one may add."""
+    text = (repository / "training" / "bundles" / f"{name}.sh").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^matvae-train fit .*", text, re.MULTILINE)
+    for variable, placeholder in (('"$data_root"', "DATA_ROOT"), ('"$out"', "OUT"), ('"${@:3}"', "")):
+        assert variable in line
+        line = line.replace(variable, placeholder)
+    return shlex.split(line)[1:]
+
+
+def test_every_bundle_has_a_script_and_every_script_a_bundle_to_make(repository):
+    scripts = {path.stem for path in (repository / "training" / "bundles").glob("*.sh")}
+    assert scripts == set(BUNDLES)
+    assert {path.name for path in (repository / "bundles").iterdir()} <= scripts
+
+
+def shaping(options):
+    """Those that shape a bundle; where a run keeps its metrics does not."""
+    return {key: value for key, value in vars(options).items() if key not in ("log", "run", "resume", "tensorboard")}
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_the_script_is_the_command_on_the_card(repository, name):
+    command = fit_command(repository, name)
+    options = parser().parse_args(command)
+    assert options.dataset == name
+    path = repository / BUNDLES[name]
+    if path.is_dir():
+        on_card = parser().parse_args(shlex.split(bundle.load(path).card.provenance["command"])[1:])
+        assert shaping(on_card) == shaping(options)
+
+
+def test_the_gpu_script_on_a_cpu(repository, data_root, tmp_path):
+    """Its commands are noted, and then run one after the other in this process, which has torch loaded."""
+    tool, out, noted = tmp_path / "bin" / "matvae-train", tmp_path / "out", tmp_path / "commands"
+    tool.parent.mkdir()
+    note = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    tool.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "{note}" "$@" >>{shlex.quote(str(noted))}\n')
+    tool.chmod(0o755)
+    # Two prefixes and narrow layers: all parts, in seconds.
+    words = ["--epochs", "1", "--prefixes", "2,4", "--conv-channels", "4,4", "--decoder-hidden", "8", "--threads", "1"]
+    run = subprocess.run(
+        [repository / "training" / "gpu.sh", data_root, out, *words],
+        env={
+            **os.environ,
+            "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}",
+            "DEVICE": "cpu",
+            "DATASETS": "fashion-mnist",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^fashion-mnist: \d+ s$", run.stdout, re.MULTILINE)
+    commands = [json.loads(line) for line in noted.read_text().splitlines()]
+    assert [command[0] for command in commands] == ["pack", "fit", "evaluate"]
+    for command in commands:
+        assert cli.main(command) == 0
+    assert bundle.load(out / "fashion-mnist").card.network.prefixes == (2, 4)
+    scores = json.loads((out / "fashion-mnist.json").read_text())["scores"]
+    assert len(scores["mlp"]["4"]["values"]) == 3
+    assert (out / "fashion-mnist.run" / "metrics.jsonl").read_text().count("\n") == 1

@@ -1,0 +1,95 @@
+"""`matvae-train evaluate`, `speed` and `pack`: from options to a table on standard output and a file of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from matvae_server import bundle
+from matvae_training import arguments, crossvalidation, data, provenance, speed
+from matvae_training.config import CLASSES, FOLDER, DataError, FitConfig, default_prefix_weights
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    """Do what the command of `options` says. `command` is what the JSON says of how to repeat it.
+
+    Raises DataError, FitError, CardError, BundleError and OSError.
+    """
+    if getattr(options, "threads", None) is not None:
+        torch.set_num_threads(options.threads)
+    {"evaluate": _evaluate, "speed": _speed, "pack": _pack}[options.command](options, command)
+
+
+def _evaluate(options: argparse.Namespace, command: str) -> None:
+    loaded = bundle.load(bundle.find(options.bundle))
+    card = loaded.card
+    name = options.dataset or card.provenance.get("dataset", "")
+    if name not in (*CLASSES, FOLDER):
+        raise DataError(f"the card of {card.name} names no data set that is known here: give --dataset")
+    whole = data.load(name, options.data_root, card.network.image_shape if name == FOLDER else None)
+    excluded = json.loads(card.provenance.get("excluded_classes", "{}"))
+    used = data.without(whole, list(excluded.values())) if excluded else whole
+    values = crossvalidation.cross_validate(loaded, used, k=options.folds, seeds=options.seeds, say=_say)
+    print(crossvalidation.table(values))
+    _write(
+        options,
+        {
+            "bundle": card.name,
+            "fingerprint": card.fingerprint,
+            "dataset": name,
+            "data_sha256": used.digest,
+            "folds": options.folds,
+            "seeds": options.seeds,
+            "n": len(used.train) + len(used.test) if options.folds else len(used.test),
+            "scores": crossvalidation.summary(values),
+        },
+        command,
+    )
+
+
+def _speed(options: argparse.Namespace, command: str) -> None:
+    used = data.load(options.dataset, options.data_root, options.image_shape)
+    height, width, channels = used.train.images.shape[1:]
+    network = dataclasses.replace(arguments.network(options), height=height, width=width, channels=channels)
+    config = FitConfig(
+        batch_size=options.batch_size,
+        objective=arguments.objective(options),
+        prefix_weights=options.prefix_weights or default_prefix_weights(options.prefixes),
+        device=options.device,
+    )
+    only = options.only or tuple(speed.VARIANTS)
+    measured = speed.measure(
+        used.train, network, config, only=only, seconds=options.seconds, rounds=options.rounds, say=_say
+    )
+    print(speed.table(measured))
+    _write(options, {"dataset": options.dataset, "device": _device(options.device), **measured}, command)
+
+
+def _pack(options: argparse.Namespace, command: str) -> None:
+    del command
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    used = data.load(options.dataset, options.data_root, options.image_shape)
+    data.pack(used, options.out)
+    _say(f"{options.out}: {len(used.train)} and {len(used.test)} images, {options.out.stat().st_size / 1e6:.1f} MB")
+
+
+def _device(name: str) -> str:
+    return torch.cuda.get_device_name() if name == "cuda" else name
+
+
+def _write(options: argparse.Namespace, values: Mapping[str, Any], command: str) -> None:
+    if options.out is None:
+        return
+    circumstances = provenance.circumstances(torch.get_num_threads(), command)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({**circumstances, **values}, indent=1) + "\n", encoding="utf-8")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
