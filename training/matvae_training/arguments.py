@@ -172,6 +172,12 @@ def _add_training(fit: argparse.ArgumentParser) -> None:
     fit.add_argument(
         "--bfloat16", action="store_true", help="matrix products in bfloat16: twice as fast on processors that have it"
     )
+    fit.add_argument(
+        "--ordered",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="order the code when it is trained, so that every prefix holds its principal components",
+    )
     fit.add_argument("--seed", type=int, default=default.seed, help="of weights, order and noise (%(default)s)")
 
 

@@ -74,6 +74,7 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
                 out=options.out,
                 network=network,
                 config=config,
+                ordered=options.ordered,
                 threads=options.threads,
                 command=command,
                 log=log,

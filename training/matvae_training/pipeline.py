@@ -20,6 +20,7 @@ from matvae_training.data import Split, hold_out, load, without
 from matvae_training.export import Servable
 from matvae_training.fit import Progress, fit
 from matvae_training.folder import summary
+from matvae_training.ordering import order
 from matvae_training.pca import fit_pca
 from matvae_training.run import Run
 
@@ -67,6 +68,7 @@ def fit_bundle(
     out: Path,
     network: NetworkConfig,
     config: FitConfig,
+    ordered: bool = True,
     threads: int | None = None,
     command: str = "",
     log: IO[str] | None = None,
@@ -75,8 +77,9 @@ def fit_bundle(
 ) -> Card:
     """Train on `source`, evaluate, and write the bundle into `out`; returns its card.
 
-    `log` takes one line of JSON per epoch. `run` is a directory for metrics and a checkpoint, from which `resume` goes
-    on. Raises DataError, FitError, ExportError, and OSError where `out` cannot be written.
+    `ordered` codes are those of `ordering.py`. `log` takes one line of JSON per epoch. `run` is a directory for metrics
+    and a checkpoint, from which `resume` goes on. Raises DataError, FitError, ExportError, and OSError where `out`
+    cannot be written.
     """
     started = time.perf_counter()
     data = _prepare(source, out, threads)
@@ -87,6 +90,7 @@ def fit_bundle(
         "seed": str(config.seed),
         "epochs": str(config.epochs),
         "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
+        "ordered": str(ordered).lower(),
         **_circumstances(command),
     }
     kept = None
@@ -103,6 +107,9 @@ def fit_bundle(
         labels=data.train.labels if config.objective.uses_labels else None,
         checkpoint=kept.checkpoint if kept else None,
     )
+    if ordered:
+        _say("order the code")
+        order(model, data.train.images)
     seconds = f"{time.perf_counter() - started:.0f} to fit"
     return _write(model, data, out, describe(data.name, network, config.objective), {**repeat, "seconds": seconds})
 
