@@ -74,6 +74,15 @@ def parser() -> argparse.ArgumentParser:
     _add_data(pca)
     _add_prefixes(pca)
     pca.add_argument("--probabilistic", action="store_true", help="probabilistic PCA: shrunk and scaled to the prior")
+    order = commands.add_parser(
+        "order",
+        help="order the code of a bundle",
+        description="Write a trained bundle anew, so that every prefix of its code holds the principal components of "
+        "it, with heads and metrics made on the data that it was trained on. `fit` does this by itself.",
+        allow_abbrev=False,
+    )
+    order.add_argument("bundle", help="a directory, or the name of a packaged bundle")
+    _add_data(order)
     card = commands.add_parser(
         "card",
         help="write a bundle's card for people",

@@ -46,6 +46,8 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         return _fail(EXTRA.format(module=error.name))
     paths = {str(options.data_root): "DATA_ROOT", str(options.out): "OUT", str(log_file): "LOG", str(run): "RUN"}
+    if options.command == "order" and options.bundle not in bundle.packaged():
+        paths[options.bundle] = "BUNDLE"
     command = provenance.command("matvae-train", words, paths)
     source = pipeline.Source(
         dataset=options.dataset,
@@ -67,6 +69,15 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
                     command=command,
                 )
                 return 0
+            if options.command == "order":
+                pipeline.order_bundle(
+                    bundle.load(bundle.find(options.bundle)),
+                    source=source,
+                    out=options.out,
+                    threads=options.threads,
+                    command=command,
+                )
+                return 0
             network, config = arguments.network(options), arguments.config(options)
             log = stack.enter_context(log_file.open("w", encoding="utf-8")) if log_file else None
             pipeline.fit_bundle(
@@ -81,7 +92,7 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
                 run=run,
                 resume=bool(resume),
             )
-    except (DataError, FitError, CardError) as error:
+    except (DataError, FitError, CardError, bundle.BundleError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename or options.out}: {error.strerror or error}")

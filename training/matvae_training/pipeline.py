@@ -12,7 +12,9 @@ from typing import IO, Any
 
 import torch
 
+from matvae_server.bundle import Bundle
 from matvae_server.card import Card, NetworkConfig
+from matvae_server.network import MatVae
 from matvae_training import provenance
 from matvae_training.bundling import table, write_bundle
 from matvae_training.config import FOLDER, OBJECTIVES, FitConfig, FitError, ObjectiveConfig
@@ -132,6 +134,30 @@ def pca_bundle(
     kind = "Probabilistic PCA" if probabilistic else "PCA"
     description = f"{kind} of the pixels of {data.name}, in closed form: the encoder saw no labels, the heads did."
     return _write(model, data, out, description, {**data.known, **_circumstances(command)})
+
+
+def order_bundle(bundle: Bundle, *, source: Source, out: Path, threads: int | None = None, command: str = "") -> Card:
+    """The same model with its code ordered (see `ordering.py`), with heads and metrics anew, as a bundle in `out`.
+
+    `source` must be what it was trained on, which is checked. Raises as `fit_bundle`.
+    """
+    card = bundle.card
+    if card.network.kind != "conv":
+        raise FitError(
+            f"{bundle.path} is an encoder of one's own: order the model, by ordering.order, before its export"
+        )
+    data = _prepare(dataclasses.replace(source, name=source.name or card.name), out, threads)
+    for key in ("data_sha256", "split"):
+        if card.provenance.get(key) != data.known[key]:
+            raise FitError(
+                f"{bundle.path} is of other data: its {key} is {card.provenance.get(key)}, not {data.known[key]}"
+            )
+    model = MatVae(card.network)
+    weights = {f"{part}.{key}": value for part in ("encoder", "decoder") for key, value in bundle.part(part).items()}
+    model.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in weights.items()})
+    order(model, data.train.images)
+    known = {**card.provenance, **data.known, "ordered": "true", "ordered_by": json.dumps(_circumstances(command))}
+    return _write(model, data, out, card.description, known)
 
 
 def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
