@@ -56,6 +56,15 @@ def order(model: Network, images: Tensor) -> None:
 
 def ordering(covariance: Tensor, prefixes: Sequence[int]) -> Tensor:
     """A of the module's text, float64 (d, d), from the covariance of the codes (d, d) and the prefixes, d the last."""
+    turned, variances = turn(covariance, prefixes)
+    kept = variances.clamp(min=_NEGLIGIBLE * variances.max())
+    ranks = torch.arange(1, len(kept) + 1, dtype=kept.dtype)
+    wanted = descending(kept.log()).exp() * ranks**-TAPER
+    return turned * (wanted / kept).sqrt()[:, None]
+
+
+def turn(covariance: Tensor, prefixes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Steps 1 and 2 alone, float64 (d, d), and the variances (d,) of what comes out, which descend in each block."""
     size = len(covariance)
     change, variances = covariance.new_zeros(size, size), covariance.new_zeros(size)
     for start, stop in zip((0, *prefixes), prefixes, strict=False):
@@ -68,10 +77,7 @@ def ordering(covariance: Tensor, prefixes: Sequence[int]) -> Tensor:
         # A sign is free; this one does not depend on the library that found the vector.
         change[start:stop] = rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
         variances[start:stop] = values.flip(0)
-    least = _NEGLIGIBLE * variances.max()
-    ranks = torch.arange(1, size + 1, dtype=covariance.dtype)
-    wanted = descending(variances.clamp(min=least).log()).exp() * ranks**-TAPER
-    return change * (wanted / variances.clamp(min=least)).sqrt()[:, None]
+    return change, variances
 
 
 def descending(values: Tensor) -> Tensor:
