@@ -91,6 +91,17 @@ def parser() -> argparse.ArgumentParser:
     )
     card.add_argument("bundle", help="a directory, or the name of a packaged bundle")
     card.add_argument("--out", type=Path, help="file (standard output)")
+    summary = commands.add_parser(
+        "summary",
+        help="several bundles in one table",
+        description="Mean and standard deviation over the seeds of each recipe, and Matryoshka against single-size "
+        "models, from the cards of bundles.",
+        allow_abbrev=False,
+    )
+    summary.add_argument("bundle", nargs="+", help="directories, names of packaged bundles, or a summary.json")
+    summary.add_argument(
+        "--out", type=Path, help="folder for summary.json and summary.md (the page on standard output)"
+    )
     return whole
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from matvae_server import bundle
 from matvae_server.card import CardError
-from matvae_training import arguments, model_card, provenance
+from matvae_training import arguments, model_card, provenance, summary
 from matvae_training.config import DataError, FitError
 
 EXTRA = "matvae-train needs {module}: pip install 'matvae[training]'"
@@ -19,7 +19,23 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a failed export, 2 for input that cannot be used."""
     words = sys.argv[1:] if words is None else list(words)
     options = arguments.parser().parse_args(words)
+    if options.command == "summary":
+        return _summary(options)
     return _card(options) if options.command == "card" else _fit(options, words)
+
+
+def _summary(options: argparse.Namespace) -> int:
+    try:
+        runs = summary.read(options.bundle)
+        if options.out:
+            summary.write(runs, options.out)
+        else:
+            print(summary.render(runs), end="")
+    except (bundle.BundleError, summary.SummaryError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or options.out}: {error.strerror or error}")
+    return 0
 
 
 def _card(options: argparse.Namespace) -> int:
