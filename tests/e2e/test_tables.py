@@ -199,3 +199,17 @@ def test_every_overload_run_is_told(repository: Path, results: dict[str, Any]) -
         assert row[1:] == [f"{shares[-1]:.2f}", f"{ratios[-1]:.2f}"]
     assert ", ".join(f"{share:.2f}" for share in shares) in readme
     assert ", ".join(f"{ratio:.1f}" for ratio in ratios) in readme
+
+
+@pytest.mark.parametrize("dataset", ["fashion-mnist", "mnist"])
+def test_the_scales_of_ordered_codes(repository: Path, dataset: str) -> None:
+    raw = json.loads((repository / "training" / "results" / f"scales-{dataset}.json").read_text())
+    expected = [
+        [
+            row["scale"],
+            *(f"{100 * value:.1f}" for value in row["knn"]),
+            *(f"{100 * value:.1f}" for value in row["recall@10"][2:-1]),
+        ]
+        for row in raw["rows"]
+    ]
+    assert table(repository / "training" / "EXPERIMENTS.md", f"{dataset}: scale") == expected

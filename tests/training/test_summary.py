@@ -107,3 +107,8 @@ def test_what_is_not_there_is_named(tmp_path, capsys):
 def test_a_bundle_without_metrics_is_refused(packaged):
     with pytest.raises(summary.SummaryError, match="was not measured"):
         summary.Run.of(dataclasses.replace(packaged, metrics=()))
+
+
+def test_the_committed_page_is_that_of_its_json(repository):
+    folder = repository / "training" / "results"
+    assert (folder / "summary.md").read_text() == summary.render(summary.read([str(folder / "summary.json")]))
