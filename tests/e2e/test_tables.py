@@ -259,3 +259,17 @@ def test_the_client_cost_table(repository: Path, results: dict[str, Any]) -> Non
         f"{resident['after embedding and classifying 256 images'] / 1e6:.0f} MB",
         f"{resident['after a search'] / 1e6:.0f} MB",
     ]
+
+
+@pytest.mark.parametrize("dataset", ["fashion-mnist", "mnist"])
+def test_the_scales_of_ordered_codes(repository: Path, dataset: str) -> None:
+    raw = json.loads((repository / "training" / "results" / f"scales-{dataset}.json").read_text())
+    expected = [
+        [
+            row["scale"],
+            *(f"{100 * value:.1f}" for value in row["knn"]),
+            *(f"{100 * value:.1f}" for value in row["recall@10"][2:-1]),
+        ]
+        for row in raw["rows"]
+    ]
+    assert table(repository / "training" / "EXPERIMENTS.md", f"{dataset}: scale") == expected

@@ -276,3 +276,38 @@ def test_more_principal_components_than_pixels_are_refused(data_root, tmp_path, 
     words = ["pca", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
     assert cli.main([*words, "--prefixes", "2,800"]) == 2
     assert "800 dimensions are more than the 784 pixels" in capsys.readouterr().err
+
+
+def test_a_bundle_is_ordered_without_training_it_anew(data_root, tmp_path, capsys):
+    few = ("--epochs", "1", "--batch-size", "64", "--prefixes", "2,4,8", "--conv-channels", "8", "--threads", "1")
+    assert fit(data_root, tmp_path / "plain", *few, "--no-ordered") == 0
+    trained = bundle.load(tmp_path / "plain")
+    assert trained.card.provenance["ordered"] == "false"
+
+    def run(*more):
+        words = ["--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "ordered")]
+        return cli.main(["order", str(tmp_path / "plain"), *words, *more])
+
+    assert run("--validation", "100") == 2
+    assert "is of other data: its split is train on 600" in capsys.readouterr().err
+    assert run("--threads", "1") == 0
+    ordered = bundle.load(tmp_path / "ordered")
+    assert ordered.card.fingerprint != trained.card.fingerprint
+    assert ordered.card.provenance["command"] == trained.card.provenance["command"]
+    by = json.loads(ordered.card.provenance["ordered_by"])["command"]
+    assert by == "matvae-train order BUNDLE --dataset fashion-mnist --data-root DATA_ROOT --out OUT --threads 1"
+    images = data.load("fashion-mnist", data_root)
+    codes = session((tmp_path / "ordered" / bundle.ENCODER).read_bytes()).run(
+        None, {"images": images.train.images.numpy()}
+    )[0]
+    covariance = np.cov(codes.astype(np.float64).T)
+    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 1e-3 * covariance.max()
+    # Both decode an image from their own codes to the same.
+    shown = []
+    for folder in ("plain", "ordered"):
+        encoder, decoder = (
+            session((tmp_path / folder / name).read_bytes()) for name in (bundle.ENCODER, bundle.DECODER)
+        )
+        codes = encoder.run(None, {"images": images.test.images.numpy()})[0]
+        shown.append(decoder.run(None, {"codes": codes, "prefix_index": np.array(1)})[0])
+    assert np.abs(shown[0] - shown[1]).max() < 1e-4

@@ -77,6 +77,15 @@ def parser() -> argparse.ArgumentParser:
     _add_data(pca)
     _add_prefixes(pca)
     pca.add_argument("--probabilistic", action="store_true", help="probabilistic PCA: shrunk and scaled to the prior")
+    order = commands.add_parser(
+        "order",
+        help="order the code of a bundle",
+        description="Write a trained bundle anew, so that every prefix of its code holds the principal components of "
+        "it, with heads and metrics made on the data that it was trained on. `fit` does this by itself.",
+        allow_abbrev=False,
+    )
+    order.add_argument("bundle", help="a directory, or the name of a packaged bundle")
+    _add_data(order)
     card = commands.add_parser(
         "card",
         help="write a bundle's card for people",
@@ -85,6 +94,17 @@ def parser() -> argparse.ArgumentParser:
     )
     card.add_argument("bundle", help="a directory, or the name of a packaged bundle")
     card.add_argument("--out", type=Path, help="file (standard output)")
+    summary = commands.add_parser(
+        "summary",
+        help="several bundles in one table",
+        description="Mean and standard deviation over the seeds of each recipe, and Matryoshka against single-size "
+        "models, from the cards of bundles.",
+        allow_abbrev=False,
+    )
+    summary.add_argument("bundle", nargs="+", help="directories, names of packaged bundles, or a summary.json")
+    summary.add_argument(
+        "--out", type=Path, help="folder for summary.json and summary.md (the page on standard output)"
+    )
     return whole
 
 
@@ -189,6 +209,12 @@ def _add_training(fit: argparse.ArgumentParser) -> None:
     )
     fit.add_argument(
         "--bfloat16", action="store_true", help="matrix products in bfloat16: twice as fast on processors that have it"
+    )
+    fit.add_argument(
+        "--ordered",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="order the code when it is trained, so that every prefix holds its principal components",
     )
     fit.add_argument("--seed", type=int, default=default.seed, help="of weights, order and noise (%(default)s)")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matvae_server import bundle
 from matvae_server.card import CardError
-from matvae_training import arguments, measuring_arguments, model_card, provenance
+from matvae_training import arguments, measuring_arguments, model_card, provenance, summary
 from matvae_training.config import DataError, FitError
 
 EXTRA = "matvae-train needs {module}: pip install 'matvae[training]'"
@@ -22,6 +22,8 @@ def main(words: Sequence[str] | None = None) -> int:
     options = arguments.parser().parse_args(words)
     if options.command in measuring_arguments.COMMANDS:
         return _measure(options, words)
+    if options.command == "summary":
+        return _summary(options)
     return _card(options) if options.command == "card" else _fit(options, words)
 
 
@@ -42,6 +44,20 @@ def _measure(options: argparse.Namespace, words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _fail("interrupted")
         return 130
+    return 0
+
+
+def _summary(options: argparse.Namespace) -> int:
+    try:
+        runs = summary.read(options.bundle)
+        if options.out:
+            summary.write(runs, options.out)
+        else:
+            print(summary.render(runs), end="")
+    except (bundle.BundleError, summary.SummaryError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or options.out}: {error.strerror or error}")
     return 0
 
 
@@ -71,6 +87,8 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         return _fail(EXTRA.format(module=error.name))
     paths = {str(options.data_root): "DATA_ROOT", str(options.out): "OUT", str(log_file): "LOG", str(run): "RUN"}
+    if options.command == "order" and options.bundle not in bundle.packaged():
+        paths[options.bundle] = "BUNDLE"
     command = provenance.command("matvae-train", words, paths)
     source = pipeline.Source(
         dataset=options.dataset,
@@ -93,6 +111,15 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
                     command=command,
                 )
                 return 0
+            if options.command == "order":
+                pipeline.order_bundle(
+                    bundle.load(bundle.find(options.bundle)),
+                    source=source,
+                    out=options.out,
+                    threads=options.threads,
+                    command=command,
+                )
+                return 0
             network, config = arguments.network(options), arguments.config(options)
             log = stack.enter_context(log_file.open("w", encoding="utf-8")) if log_file else None
             pipeline.fit_bundle(
@@ -100,6 +127,7 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
                 out=options.out,
                 network=network,
                 config=config,
+                ordered=options.ordered,
                 threads=options.threads,
                 command=command,
                 log=log,
@@ -107,7 +135,7 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
                 resume=bool(resume),
                 tensorboard=options.tensorboard,
             )
-    except (DataError, FitError, CardError) as error:
+    except (DataError, FitError, CardError, bundle.BundleError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename or options.out}: {error.strerror or error}")

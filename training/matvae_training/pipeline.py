@@ -12,7 +12,9 @@ from typing import IO, Any
 
 import torch
 
+from matvae_server.bundle import Bundle
 from matvae_server.card import Card, NetworkConfig
+from matvae_server.network import MatVae
 from matvae_training import provenance
 from matvae_training.bundling import table, write_bundle
 from matvae_training.config import FOLDER, OBJECTIVES, FitConfig, FitError, ObjectiveConfig
@@ -20,6 +22,7 @@ from matvae_training.data import Split, hold_out, load, without
 from matvae_training.export import Servable
 from matvae_training.fit import Progress, fit
 from matvae_training.folder import summary
+from matvae_training.ordering import order
 from matvae_training.pca import fit_pca
 from matvae_training.run import Run
 from matvae_training.stopping import Stopping
@@ -81,6 +84,7 @@ def fit_bundle(
     out: Path,
     network: NetworkConfig,
     config: FitConfig,
+    ordered: bool = True,
     threads: int | None = None,
     command: str = "",
     log: IO[str] | None = None,
@@ -90,8 +94,9 @@ def fit_bundle(
 ) -> Card:
     """Train on `source`, evaluate, and write the bundle into `out`; returns its card.
 
-    `log` takes one line of JSON per epoch. `run` is a directory for metrics and a checkpoint, from which `resume` goes
-    on. Raises DataError, FitError, ExportError, and OSError where `out` cannot be written.
+    `ordered` codes are those of `ordering.py`. `log` takes one line of JSON per epoch. `run` is a directory for metrics
+    and a checkpoint, from which `resume` goes on. Raises DataError, FitError, ExportError, and OSError where `out`
+    cannot be written.
     """
     started = time.perf_counter()
     data = _prepare(source, out, threads)
@@ -102,6 +107,7 @@ def fit_bundle(
         "seed": str(config.seed),
         "epochs": str(config.epochs),
         "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
+        "ordered": str(ordered).lower(),
         **_circumstances(command),
     }
     kept = None
@@ -119,6 +125,9 @@ def fit_bundle(
         checkpoint=kept.checkpoint if kept else None,
         stopping=data.stopping,
     )
+    if ordered:
+        _say("order the code")
+        order(model, data.train.images)
     seconds = f"{time.perf_counter() - started:.0f} to fit"
     return _write(model, data, out, describe(data.name, network, config.objective), {**repeat, "seconds": seconds})
 
@@ -141,6 +150,30 @@ def pca_bundle(
     kind = "Probabilistic PCA" if probabilistic else "PCA"
     description = f"{kind} of the pixels of {data.name}, in closed form: the encoder saw no labels, the heads did."
     return _write(model, data, out, description, {**data.known, **_circumstances(command)})
+
+
+def order_bundle(bundle: Bundle, *, source: Source, out: Path, threads: int | None = None, command: str = "") -> Card:
+    """The same model with its code ordered (see `ordering.py`), with heads and metrics anew, as a bundle in `out`.
+
+    `source` must be what it was trained on, which is checked. Raises as `fit_bundle`.
+    """
+    card = bundle.card
+    if card.network.kind != "conv":
+        raise FitError(
+            f"{bundle.path} is an encoder of one's own: order the model, by ordering.order, before its export"
+        )
+    data = _prepare(dataclasses.replace(source, name=source.name or card.name), out, threads)
+    for key in ("data_sha256", "split"):
+        if card.provenance.get(key) != data.known[key]:
+            raise FitError(
+                f"{bundle.path} is of other data: its {key} is {card.provenance.get(key)}, not {data.known[key]}"
+            )
+    model = MatVae(card.network)
+    weights = {f"{part}.{key}": value for part in ("encoder", "decoder") for key, value in bundle.part(part).items()}
+    model.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in weights.items()})
+    order(model, data.train.images)
+    known = {**card.provenance, **data.known, "ordered": "true", "ordered_by": json.dumps(_circumstances(command))}
+    return _write(model, data, out, card.description, known)
 
 
 def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:

@@ -1,0 +1,114 @@
+"""`matvae-train summary`: what several cards say together."""
+
+import dataclasses
+import json
+import statistics
+
+import pytest
+
+from matvae_server import bundle
+from matvae_training import cli, summary
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    return bundle.load(bundle.find(bundle.DEFAULT)).card
+
+
+def variant(card, *, seed=0, prefixes=None, add=0.0, epochs=20, fingerprint):
+    """Another run: of another seed, size or recipe, and every accuracy `add` higher."""
+    prefixes = prefixes or card.network.prefixes
+    config = json.loads(card.provenance["config"]) | {"seed": seed, "epochs": epochs}
+    changed = dataclasses.replace(
+        card,
+        fingerprint=fingerprint * 64,
+        provenance={**card.provenance, "config": json.dumps(config)},
+        metrics=tuple(
+            dataclasses.replace(metric, value=metric.value + add)
+            for metric in card.metrics
+            if metric.dimensions in prefixes
+        ),
+    )
+    return dataclasses.replace(summary.Run.of(changed), prefixes=prefixes)
+
+
+def row(page, *cells):
+    """The values of the row that begins with these cells."""
+    start = "| " + " | ".join(cells) + " | "
+    (line,) = [line for line in page.splitlines() if line.startswith(start)]
+    return line.removeprefix(start).removesuffix(" |").split(" | ")
+
+
+def value(run, name, m):
+    return 100 * run.values[name]["float32"][str(m)]
+
+
+def test_seeds_of_one_recipe_have_a_mean_and_a_standard_deviation(packaged):
+    runs = [variant(packaged, seed=seed, add=seed / 100, fingerprint=str(seed)) for seed in (0, 1, 3)]
+    other = variant(packaged, epochs=30, add=0.05, fingerprint="a")
+    page = summary.render([*runs, other])
+    for name, title in (("mlp", "MLP head"), ("recall@10", "recall@10")):
+        cells = row(page, "Matryoshka, epochs 20", "0, 1, 3", "10,000 test", title)
+        for m, cell in zip(packaged.network.prefixes, cells, strict=True):
+            values = [value(run, name, m) for run in runs]
+            assert cell == f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+    cells = row(page, "Matryoshka, epochs 30", "0", "10,000 test", "kNN")
+    assert cells == [f"{value(other, 'knn', m):.2f}" for m in packaged.network.prefixes]
+
+
+def test_a_prefix_is_compared_with_a_model_of_that_size(packaged):
+    nested = [variant(packaged, seed=seed, add=seed / 100, fingerprint=str(seed)) for seed in (0, 1)]
+    single = [variant(packaged, prefixes=(m,), add=0.01, fingerprint=name) for m, name in ((8, "a"), (32, "b"))]
+    page = summary.render([*nested, *single])
+    assert "| points above the single-size model | 8 | 32 |" in page
+    assert row(page, "MLP head") == row(page, "kNN") == ["\N{MINUS SIGN}0.50"] * 2
+    found = row(page, "single-size", "0", "10,000 test", "MLP head")
+    assert found == ["", "", f"{value(single[0], 'mlp', 8):.2f}", "", f"{value(single[1], 'mlp', 32):.2f}", "", ""]
+
+
+def test_what_it_writes_is_read_again_and_each_run_counts_once(packaged, tmp_path, capsys):
+    assert cli.main(["summary", "fashion-mnist", "fashion-mnist", "--out", str(tmp_path / "kept")]) == 0
+    kept = tmp_path / "kept" / "summary.json"
+    assert capsys.readouterr().out == ""
+    assert cli.main(["summary", str(kept), "fashion-mnist"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "kept" / "summary.md").read_text()
+    (run,) = json.loads(kept.read_text())["runs"]
+    assert run["fingerprint"] == packaged.fingerprint
+    assert run["provenance"]["commit"] == packaged.provenance["commit"]
+    count = sum(len(by_size) for by_precision in run["values"].values() for by_size in by_precision.values())
+    assert count == len(packaged.metrics)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not a summary"),
+        ("{}", "is not a summary"),
+        ('{"format": 2, "runs": []}', "is of format 2, this version reads 1"),
+        ('{"format": 1, "runs": [{"name": "x"}]}', "is not a summary"),
+        ('{"format": 1, "runs": [1]}', "is not a summary"),
+    ],
+)
+def test_what_is_no_summary_is_refused_by_name(tmp_path, capsys, content, message):
+    (tmp_path / "x.json").write_text(content)
+    assert cli.main(["summary", str(tmp_path / "x.json")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "x.json" in error
+
+
+def test_what_is_not_there_is_named(tmp_path, capsys):
+    assert cli.main(["summary", str(tmp_path / "no.json")]) == 2
+    assert "no.json" in capsys.readouterr().err
+    assert cli.main(["summary", str(tmp_path / "no")]) == 2
+    assert "no bundle" in capsys.readouterr().err
+
+
+def test_a_bundle_without_metrics_is_refused(packaged):
+    with pytest.raises(summary.SummaryError, match="was not measured"):
+        summary.Run.of(dataclasses.replace(packaged, metrics=()))
+
+
+def test_the_committed_page_is_that_of_its_json(repository):
+    folder = repository / "training" / "results"
+    assert (folder / "summary.md").read_text() == summary.render(summary.read([str(folder / "summary.json")]))

@@ -1,0 +1,200 @@
+"""Several bundles' cards in one: mean ± standard deviation over seeds, and Matryoshka against single-size models.
+
+Runs of one name and one recipe (all that their cards say of it, but for the seed) are a group. Single-size models of a
+recipe are one group whatever their size: at each m, those of that size. The JSON that this writes holds what the cards
+say of every run, so the page can be rendered again from it, and more runs can be added to it. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matvae_server import bundle
+from matvae_server.card import Card
+
+FORMAT = 1
+TITLES = {"knn": "kNN", "logistic": "logistic head", "mlp": "MLP head", "recall@10": "recall@10"}
+SHOWN = "float32"
+"""The precision that the page shows; the JSON has all."""
+COMPARED = ("mlp", "knn")
+"""Metrics by which a prefix is compared with a model of that size."""
+
+
+class SummaryError(ValueError):
+    """What was given is neither a bundle nor a summary; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a card says of one training. `values[metric][precision][m]` are fractions, of `n` images of `split`."""
+
+    name: str
+    fingerprint: str
+    seed: int
+    prefixes: tuple[int, ...]
+    recipe: dict[str, Any]
+    n: int
+    split: str
+    provenance: dict[str, str]
+    values: dict[str, dict[str, dict[str, float]]]
+
+    @classmethod
+    def of(cls, card: Card) -> Run:
+        """Raises SummaryError where the card holds no metrics."""
+        if not card.metrics:
+            raise SummaryError(f"{card.name} was not measured: its card holds no metrics")
+        config = json.loads(card.provenance.get("config", "{}"))
+        config |= config.pop("objective", {})
+        seed = config.pop("seed", 0)
+        config.pop("prefix_weights", None)  # they follow from the prefixes
+        values: dict[str, dict[str, dict[str, float]]] = {}
+        for metric in card.metrics:
+            values.setdefault(metric.name, {}).setdefault(metric.precision, {})[str(metric.dimensions)] = metric.value
+        told = ("dataset", "data_sha256", "split", "hardware", "versions", "commit", "command", "ordered_by")
+        return cls(
+            name=card.name,
+            fingerprint=card.fingerprint,
+            seed=seed,
+            prefixes=card.network.prefixes,
+            recipe={**config, "ordered": card.provenance.get("ordered", "false")},
+            n=card.metrics[0].n,
+            split=card.metrics[0].split,
+            provenance={key: card.provenance[key] for key in told if key in card.provenance},
+            values=values,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs that differ in their seed alone; of single-size models, also in their size."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def nested(self) -> bool:
+        """Whether these are Matryoshka models."""
+        return len(self.runs[0].prefixes) > 1
+
+    @property
+    def prefixes(self) -> list[int]:
+        """Every size that some run was trained at."""
+        return sorted({m for run in self.runs for m in run.prefixes})
+
+    def values(self, metric: str, m: int, precision: str = SHOWN) -> list[float]:
+        """Of the runs that have it, in %."""
+        found = (run.values.get(metric, {}).get(precision, {}).get(str(m)) for run in self.runs)
+        return [100 * value for value in found if value is not None]
+
+
+def read(paths: Iterable[str]) -> list[Run]:
+    """The runs of bundles (a directory, or the name of a packaged one) and of summaries (a JSON file), each run once.
+
+    Raises SummaryError, BundleError, OSError.
+    """
+    runs: dict[str, Run] = {}
+    for path in paths:
+        found = _load(Path(path)) if path.endswith(".json") else [Run.of(bundle.load(bundle.find(path)).card)]
+        runs |= {run.fingerprint: run for run in found}
+    return list(runs.values())
+
+
+def write(runs: Sequence[Run], folder: Path) -> None:
+    """`summary.json` and `summary.md` in `folder`, made if need be. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {"format": FORMAT, "runs": [dataclasses.asdict(run) for run in runs]}
+    (folder / "summary.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    (folder / "summary.md").write_text(render(runs), encoding="utf-8")
+
+
+def group(runs: Iterable[Run]) -> list[Group]:
+    """In the order of names, Matryoshka before single-size."""
+    kept: dict[str, list[Run]] = {}
+    for run in runs:
+        nested = run.prefixes if len(run.prefixes) > 1 else ()
+        key = json.dumps([run.name, not nested, nested, run.recipe, run.split, run.n], sort_keys=True)
+        kept.setdefault(key, []).append(run)
+    return [Group(runs=tuple(sorted(kept[key], key=lambda run: (run.prefixes, run.seed)))) for key in sorted(kept)]
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page, as Markdown."""
+    return "\n".join(_lines(group(runs))) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation (of a sample: n - 1); the mean alone of a single one; nothing of none."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _lines(groups: Sequence[Group]) -> Iterator[str]:
+    yield "# Seeds and single sizes\n"
+    yield "Written by `matvae-train summary` from the cards of the bundles; do not edit. In %, float32 codes; mean ±"
+    yield "standard deviation over seeds, the value alone where there is one seed. The JSON has every precision,"
+    yield "with the command, commit and machine of every run."
+    for name in dict.fromkeys(each.runs[0].name for each in groups):
+        of_name = [each for each in groups if each.runs[0].name == name]
+        yield f"\n## {name}\n"
+        yield from _table(of_name)
+        for nested in (each for each in of_name if each.nested):
+            for single in (each for each in of_name if not each.nested):
+                yield from _against(nested, single, of_name)
+
+
+def _table(groups: Sequence[Group]) -> Iterator[str]:
+    prefixes = sorted({m for each in groups for m in each.prefixes})
+    yield f"| model | seeds | n | metric | {' | '.join(map(str, prefixes))} |"
+    yield "|---|---|---:|---|" + "---:|" * len(prefixes)
+    for each in groups:
+        seeds = ", ".join(map(str, sorted({run.seed for run in each.runs})))
+        for metric, title in TITLES.items():
+            if metric == "recall@10" and not each.nested:
+                continue  # a whole code finds its own neighbours
+            cells = " | ".join(spread(each.values(metric, m)) for m in prefixes)
+            first = each.runs[0]
+            yield f"| {_label(each, groups)} | {seeds} | {first.n:,} {first.split} | {title} | {cells} |"
+
+
+def _against(nested: Group, single: Group, groups: Sequence[Group]) -> Iterator[str]:
+    shared = [m for m in nested.prefixes if single.values("mlp", m)]
+    if not shared:
+        return
+    yield f"\n{_label(nested, groups)} against {_label(single, groups)} of each size:\n"
+    yield f"| points above the single-size model | {' | '.join(map(str, shared))} |"
+    yield "|---|" + "---:|" * len(shared)
+    for metric in COMPARED:
+        cells = []
+        for m in shared:
+            difference = statistics.fmean(nested.values(metric, m)) - statistics.fmean(single.values(metric, m))
+            cells.append(f"{difference:+.2f}".replace("-", "\N{MINUS SIGN}"))
+        yield f"| {TITLES[metric]} | {' | '.join(cells)} |"
+
+
+def _label(each: Group, groups: Sequence[Group]) -> str:
+    """What it is, with what its recipe has that those of its kind beside it do not all have."""
+    kind = "Matryoshka" if each.nested else "single-size"
+    others = [other.runs[0].recipe for other in groups if other.nested == each.nested]
+    recipe = each.runs[0].recipe
+    differing = (key for key in recipe if any(key in other and other[key] != recipe[key] for other in others))
+    words = [f"{key.replace('_', ' ')} {recipe[key]}" for key in differing]
+    return ", ".join([kind, *words])
+
+
+def _load(path: Path) -> list[Run]:
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        known = int(whole["format"])
+        if known > FORMAT:
+            raise SummaryError(f"{path} is of format {known}, this version reads {FORMAT}: use a newer matvae")
+        return [Run(**{**run, "prefixes": tuple(run["prefixes"])}) for run in whole["runs"]]
+    except SummaryError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise SummaryError(f"{path} is not a summary: {error}") from None
