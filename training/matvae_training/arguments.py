@@ -24,6 +24,7 @@ from matvae_training.config import (
     ObjectiveConfig,
     default_prefix_weights,
 )
+from matvae_training.reproduce import arguments as reproduce_arguments
 
 _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "reconstruction": ("what measures a reconstruction", RECONSTRUCTIONS),
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     )
     card.add_argument("bundle", help="a directory, or the name of a packaged bundle")
     card.add_argument("--out", type=Path, help="file (standard output)")
+    reproduce_arguments.add(commands)
     return whole
 
 

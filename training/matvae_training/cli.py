@@ -11,6 +11,7 @@ from matvae_server import bundle
 from matvae_server.card import CardError
 from matvae_training import arguments, model_card, provenance
 from matvae_training.config import DataError, FitError
+from matvae_training.reproduce import arguments as reproduce_arguments
 
 EXTRA = "matvae-train needs {module}: pip install 'matvae[training]'"
 
@@ -19,7 +20,26 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a failed export, 2 for input that cannot be used."""
     words = sys.argv[1:] if words is None else list(words)
     options = arguments.parser().parse_args(words)
+    if options.command in reproduce_arguments.COMMANDS:
+        return _reproduce(options, words)
     return _card(options) if options.command == "card" else _fit(options, words)
+
+
+def _reproduce(options: argparse.Namespace, words: Sequence[str]) -> int:
+    from matvae_training.reproduce import commands
+
+    try:
+        commands.run(options, words)
+    except ModuleNotFoundError as error:
+        return _fail(EXTRA.format(module=error.name))
+    except (DataError, FitError, bundle.BundleError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or options.out}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on after the last training that was written")
+        return 130
+    return 0
 
 
 def _card(options: argparse.Namespace) -> int:
