@@ -21,7 +21,13 @@ def add(commands: Any) -> None:
     )
     _add_paths(reproduce)
     reproduce.add_argument(
-        "--table", type=int, choices=range(1, 23), metavar="N", action="append", required=True, help="1 to 22; repeat it"
+        "--table",
+        type=int,
+        choices=range(1, 23),
+        metavar="N",
+        action="append",
+        required=True,
+        help="1 to 22; repeatable",
     )
     reproduce.add_argument("--full", action="store_true", help="all images, 20 epochs, as in the report")
     reproduce.add_argument("--images", type=int, help=f"that train, where not --full ({REDUCED_IMAGES})")
@@ -42,7 +48,7 @@ def add(commands: Any) -> None:
     figures = commands.add_parser(
         "figures",
         help="what a bundle learned, in pictures",
-        description="Draw a bundle's 2-d codes by class, samples, reconstructions of every prefix and latent traversals.",
+        description="Draw a bundle's 2-d codes by class, samples, reconstructions of every prefix and traversals.",
         allow_abbrev=False,
     )
     figures.add_argument("bundle", help="a directory, or the name of a packaged bundle")

@@ -1,8 +1,8 @@
 """From table numbers to rows of results, kept in one file of JSON.
 
-A training answers every table that reads its model: MAP and sampling of one model are two tables, a Matryoshka model is all
-the rows of one. The file is replaced after each training, and a training that stands in it is not run again, so a run
-that was stopped goes on where it was.
+A training answers every table that reads its model: MAP and sampling of one model are two tables, a Matryoshka model is
+all the rows of one. The file is replaced after each training, and a training that stands in it is not run again, so a
+run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
