@@ -57,6 +57,7 @@ def draw(bundle: Bundle, load: Callable[[str], Dataset], out: Path) -> None:
     rows = {}
     for dimension in range(min(_TRAVERSED, codes.shape[1])):
         moved = np.repeat(codes[chosen[:1]], _STEPS, axis=0)
-        moved[:, dimension] = np.linspace(*np.percentile(codes[:, dimension], (1, 99)), _STEPS)
+        low, high = np.percentile(codes[:, dimension], (1, 99))
+        moved[:, dimension] = np.linspace(low, high, _STEPS)
         rows[f"z{dimension + 1}"] = decode(moved, len(prefixes) - 1)
     plots.sheet(rows, out / f"{name}-traversals.png", title="one dimension at a time, from its 1st to 99th percentile")

@@ -152,5 +152,5 @@ def _save(figure: Figure, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     # No version of matplotlib in the file: the same numbers give the same bytes.
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(figure)

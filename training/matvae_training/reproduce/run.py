@@ -22,6 +22,7 @@ from matvae_training.config import FitError
 from matvae_training.data import Dataset, Split
 from matvae_training.extras import reconstruction_mse
 from matvae_training.reproduce import protocol
+from matvae_training.reproduce.network import ReportVae
 from matvae_training.reproduce.tables import TABLES, Table
 
 FORMAT = 1
@@ -184,7 +185,7 @@ def measure(training: Training, parts: protocol.Parts) -> dict[str, Any]:
 
 @torch.inference_mode()
 def posterior_facts(
-    model: protocol.ReportVae, test: Split, found: tuple[Tensor, Tensor], prefixes: tuple[int, ...]
+    model: ReportVae, test: Split, found: tuple[Tensor, Tensor], prefixes: tuple[int, ...]
 ) -> dict[str, Any]:
     """What the codes hold, by prefix: nats of KL from the prior, how much of their variance tells images apart, MSE."""
     mean, log_variance = (each[:_MEASURED] for each in found)
