@@ -25,7 +25,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
     paths = {str(options.data_root): "DATA_ROOT", str(options.out): "OUT"}
     command = provenance.command("matvae-train", words, paths)
     if options.command == "reproduce":
-        from matvae_training.reproduce.run import VARIANTS, Amount, Results, reproduce
+        from matvae_training.reproduce.records import Results
+        from matvae_training.reproduce.run import VARIANTS, Amount, reproduce
 
         if options.full and (options.images or options.epochs):
             raise FitError("--full is all images and 20 epochs: leave out --images and --epochs")

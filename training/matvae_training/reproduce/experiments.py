@@ -13,7 +13,6 @@ One JSON file, a list of records for each; what stands in it is not run again.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,10 @@ from matvae_training.data import Dataset
 from matvae_training.fit import Progress, train
 from matvae_training.objectives.kernels import KERNELS
 from matvae_training.objectives.mmd import mmd
-from matvae_training.reproduce import protocol
+from matvae_training.reproduce import protocol, records
 from matvae_training.reproduce.network import ReportVae, network
-from matvae_training.reproduce.run import circumstances, posterior_facts, write_json
+from matvae_training.reproduce.run import circumstances, posterior_facts
 
-FORMAT = 1
 SAMPLES = "explain-samples.npz"
 SMALL = 500
 _EVERY = 5  # epochs between two looks at the codes of the 500 images
@@ -51,9 +49,7 @@ def run(
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Add to the file at `path` what it lacks, and beside it samples of the models of `small`. Raises FitError."""
-    whole: dict[str, Any] = {"format": FORMAT}
-    if path.exists():
-        whole = json.loads(path.read_text(encoding="utf-8"))
+    whole: dict[str, Any] = records.read(path) if path.exists() else {"format": records.FORMAT}
     whole |= {"command": command, "data_sha256": data.digest, **circumstances(command)}
     parts = protocol.fold(data, 0, images, 0)
     for name, settings in _trainings(parts.train.images[0].numel()):
@@ -61,20 +57,20 @@ def run(
         if any(settings.items() <= record.items() for record in done):
             continue
         done.append({**settings, **_measure(parts, settings, epochs)})
-        write_json(path, whole)
+        records.write(path, whole)
         say(f"{name}: {done[-1]}")
     if "reach" not in whole:
         whole["reach"] = list(_reach())
-        write_json(path, whole)
+        records.write(path, whole)
     if "small" not in whole:
-        records, samples = [], {}
+        traces, samples = [], {}
         for objective in ("elbo", "mmd"):
             trace, samples[objective] = _small(data, objective, small_epochs)
-            records += trace
+            traces += trace
             say(f"small: {trace[-1]}")
         np.savez_compressed(path.with_name(SAMPLES), allow_pickle=False, **samples)
-        whole["small"] = records
-        write_json(path, whole)
+        whole["small"] = traces
+        records.write(path, whole)
 
 
 def _trainings(pixels: int) -> Iterator[tuple[str, Record]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from matvae_training.config import FitError
 from matvae_training.reproduce import explanation
 from matvae_training.reproduce.explanation import grid
+from matvae_training.reproduce.records import read
 from matvae_training.reproduce.tables import TABLES, Table
 
 Record = dict[str, Any]
@@ -185,12 +185,7 @@ def _bundles(pictures: Sequence[str]) -> Iterable[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        whole: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read(path)
     except FileNotFoundError:
         command = "reproduce" if path.stem == "reproduce" else "explain"
         raise FitError(f"{path} is not there: `matvae-train {command} --out {path.parent}` writes it") from None
-    except ValueError:
-        raise FitError(f"{path} is not JSON: write it again") from None
-    if whole.get("format") != 1:
-        raise FitError(f"{path} is of format {whole.get('format')}, this version reads 1")
-    return whole

@@ -8,24 +8,21 @@ run that was stopped goes on where it was.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from matvae_training import provenance
-from matvae_training.config import FitError
 from matvae_training.data import Dataset, Split
 from matvae_training.extras import reconstruction_mse
 from matvae_training.reproduce import protocol
 from matvae_training.reproduce.network import ReportVae
+from matvae_training.reproduce.records import Results
 from matvae_training.reproduce.tables import TABLES, Table
 
-FORMAT = 1
 VARIANTS = ("as-written", "mended")
 _MEASURED = 2_000
 """Test images whose reconstructions and posteriors are measured."""
@@ -81,46 +78,6 @@ def trainings(tables: Iterable[Table], variants: Iterable[str], amount: Amount) 
     return list(needed)
 
 
-class Results:
-    """The file at `path`, made by the first record. Raises FitError where it is something else."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records: list[dict[str, Any]] = []
-        if path.exists():
-            try:
-                whole = json.loads(path.read_text(encoding="utf-8"))
-                if whole["format"] != FORMAT:
-                    raise FitError(f"{path} is of format {whole['format']}, this version reads {FORMAT}")
-                self.records = whole["records"]
-            except (ValueError, KeyError, TypeError):
-                raise FitError(f"{path} is not what `reproduce` writes: take another directory") from None
-
-    def has(self, training: Training) -> bool:
-        """Whether that training's record stands in it."""
-        key = training.key()
-        return any({name: record[name] for name in key} == key for record in self.records)
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Add a record, and replace the file as a whole."""
-        self.records.append(record)
-        write_json(self.path, {"format": FORMAT, "records": self.records})
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace the file by the value, a line for each entry of its lists."""
-    lists = {name: entry for name, entry in value.items() if isinstance(entry, list)}
-    plain = {name: entry for name, entry in value.items() if name not in lists}
-    parts = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in plain.items()]
-    for name, entries in lists.items():
-        lines = ",\n  ".join(json.dumps(entry) for entry in entries)
-        parts.append(f"{json.dumps(name)}: [\n  {lines}\n ]")
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text("{\n " + ",\n ".join(parts) + "\n}\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def reproduce(
     numbers: Iterable[int],
     load: Callable[[str], Dataset],
@@ -135,7 +92,7 @@ def reproduce(
 
     Raises DataError, FitError and OSError.
     """
-    missing = [t for t in trainings([TABLES[n] for n in numbers], variants, amount) if not results.has(t)]
+    missing = [t for t in trainings([TABLES[n] for n in numbers], variants, amount) if not results.has(t.key())]
     loaded: dict[str, Dataset] = {}
     for index, training in enumerate(missing, start=1):
         if training.dataset not in loaded:
