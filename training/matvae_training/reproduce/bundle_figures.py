@@ -3,7 +3,8 @@
 NAME-codes.png            test images by their first two dimensions, coloured by class
 NAME-samples.png          draws from the prior, decoded from every prefix
 NAME-reconstructions.png  test images, and what every prefix keeps of them
-NAME-traversals.png       one image, each of its first dimensions moved across the range that codes have
+NAME-traversals.png       one image, each of its first dimensions moved across the range that codes have, decoded
+                              from the shortest prefix that has it
 """
 
 from __future__ import annotations
@@ -59,5 +60,7 @@ def draw(bundle: Bundle, load: Callable[[str], Dataset], out: Path) -> None:
         moved = np.repeat(codes[chosen[:1]], _STEPS, axis=0)
         low, high = np.percentile(codes[:, dimension], (1, 99))
         moved[:, dimension] = np.linspace(low, high, _STEPS)
-        rows[f"z{dimension + 1}"] = decode(moved, len(prefixes) - 1)
+        # From the shortest prefix that has it: in longer ones later dimensions repeat it and hold the image still.
+        index = next(index for index, m in enumerate(prefixes) if m > dimension)
+        rows[f"z{dimension + 1} of {prefixes[index]}"] = decode(moved, index)
     plots.sheet(rows, out / f"{name}-traversals.png", title="one dimension at a time, from its 1st to 99th percentile")
