@@ -283,6 +283,10 @@ def test_results_that_cannot_be_used_are_named(data_root, tmp_path, capsys):
         records.Results(tmp_path / "reproduce.json")
     assert reproduce(data_root, tmp_path / "other", "--table", "8", "--full") == 2
     assert "leave out --images and --epochs" in capsys.readouterr().err
+    with pytest.raises(FitError, match="at least 64, two batches, not -5"):
+        run.Amount(images=-5)
+    with pytest.raises(FitError, match="epochs must be at least 1, not 0"):
+        run.Amount(epochs=0)
 
 
 @pytest.mark.parametrize("number", ["0", "23", "x"])

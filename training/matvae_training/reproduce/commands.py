@@ -28,10 +28,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
         from matvae_training.reproduce.records import Results
         from matvae_training.reproduce.run import VARIANTS, Amount, reproduce
 
-        if options.full and (options.images or options.epochs):
-            raise FitError("--full is all images and 20 epochs: leave out --images and --epochs")
-        images = None if options.full else options.images or arguments.REDUCED_IMAGES
-        epochs = 20 if options.full else options.epochs or arguments.REDUCED_EPOCHS
+        images, epochs = _amount(options)
         results = Results(options.out / "reproduce.json")
         reproduce(
             options.table,
@@ -61,6 +58,16 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
 
         loaded = bundle.load(bundle.find(options.bundle))
         bundle_figures.draw(loaded, lambda name: load(name, options.data_root), options.out)
+
+
+def _amount(options: argparse.Namespace) -> tuple[int | None, int]:
+    """Images, None for all, and epochs."""
+    if not options.full:
+        images = arguments.REDUCED_IMAGES if options.images is None else options.images
+        return images, arguments.REDUCED_EPOCHS if options.epochs is None else options.epochs
+    if options.images is not None or options.epochs is not None:
+        raise FitError("--full is all images and 20 epochs: leave out --images and --epochs")
+    return None, 20
 
 
 def _say(line: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from matvae_training import provenance
+from matvae_training.config import FitError
 from matvae_training.data import Dataset, Split
 from matvae_training.extras import reconstruction_mse
 from matvae_training.reproduce import protocol
@@ -36,6 +37,13 @@ class Amount:
     epochs: int = protocol.EPOCHS
     folds: int = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = 2 * protocol.BATCH
+        if self.images is not None and self.images < least:
+            raise FitError(f"images must be at least {least}, two batches, not {self.images}")
+        if self.epochs < 1:
+            raise FitError(f"epochs must be at least 1, not {self.epochs}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
