@@ -58,12 +58,13 @@ def code(records: Sequence[Record]) -> str:
         [
             "ELBO" if record["divergence"] == "kl" else f"MMD, {record['kernel']}, weight {record['weight']:g}",
             f"{record['active']} of {record['dimensions']}",
+            _short(record["kl_nats"]),
             *_posterior(record),
             *_accuracies(record),
         ]
         for record in records
     ]
-    return grid(["objective", "dimensions in use", *_POSTERIOR, *_ACCURACIES], rows)
+    return grid(["objective", "dimensions in use", "KL, nats", *_POSTERIOR, *_ACCURACIES], rows)
 
 
 def small(records: Sequence[Record]) -> str:
