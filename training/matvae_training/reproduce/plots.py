@@ -121,13 +121,14 @@ def _small(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     for name, colour in (("elbo", _RED), ("mmd", _BLUE)):
         line = [record for record in records if record["objective"] == name]
         x = [record["epoch"] for record in line]
-        spread = [record["signal_variance"] + record["noise_variance"] for record in line]
-        left.plot(x, spread, color=colour, label=name.upper())
+        for key, style in (("signal_variance", "-"), ("noise_variance", "--")):
+            label = f"{name.upper()}, {key.partition('_')[0]}"
+            left.plot(x, [record[key] for record in line], style, color=colour, label=label)
         for key, style in (("train_mse", "-"), ("held_out_mse", "--")):
             label = f"{name.upper()}, {'500 images' if key == 'train_mse' else 'others'}"
             right.plot(x, [record[key] for record in line], style, color=colour, label=label)
     left.axhline(1.0, color=_GREY, linewidth=0.8)
-    left.set(yscale="log", xlabel="epochs over 500 images", ylabel="variance of the codes (the prior's: 1)")
+    left.set(yscale="log", xlabel="epochs over 500 images", ylabel="signal and noise (together 1 in the prior)")
     right.set(xlabel="epochs over 500 images", ylabel="squared error per pixel")
     left.legend(fontsize=7)
     right.legend(fontsize=7)
