@@ -92,7 +92,10 @@ def _kernel(records: Sequence[Mapping[str, Any]], reach: Sequence[Mapping[str, A
         line = [record for record in reach if record["kernel"] == name and record["gradient"] > 1e-20]
         x, y = [record["dimensions"] for record in line], [record["gradient"] for record in line]
         left.plot(x, y, marker="o", color=colour, label=name, markersize=3)
-    left.set(xscale="log", yscale="log", xlabel="dimensions", ylabel="pull on codes three times too wide")
+    left.set(yscale="log", xlabel="dimensions", ylabel="pull on codes three times too wide")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     left.legend(fontsize=6)
     for name in ("rbf", "imq"):
         line = [record for record in records if record["kernel"] == name and record["weight"] == 1.0]
@@ -100,7 +103,7 @@ def _kernel(records: Sequence[Mapping[str, Any]], reach: Sequence[Mapping[str, A
         for query, style in (("map", "-"), ("sampling", "--")):
             y = [100 * record[query] for record in line]
             right.plot(x, y, style, marker="o", color=_KERNELS[name], label=f"{name}, {query}", markersize=3)
-    right.set(xscale="log", xlabel="dimensions", ylabel="accuracy, %", ylim=(0, 100))
+    right.set(xlabel="dimensions", ylabel="accuracy, %", ylim=(0, 100))
     right.legend(fontsize=6)
     _save(figure, path)
 
