@@ -32,7 +32,7 @@ from matvae_training.reproduce.run import circumstances, posterior_facts
 
 SAMPLES = "explain-samples.npz"
 SMALL = 500
-_SMALL_WEIGHT = 0.1  # of the MMD; at 1 the code is noise, for as long as it was trained here
+_SMALL_WEIGHT = 0.1  # of the MMD; at 1 the code stays noise, as in `kernel`
 _EVERY = 5  # epochs between two looks at the codes of the 500 images
 _ACTIVE = 0.01  # a dimension whose mean varies more than that is used (Burda et al. 2016, arXiv 1509.00519)
 

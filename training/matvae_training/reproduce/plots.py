@@ -74,7 +74,12 @@ def _balance(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     weights = [record["weight"] for record in records]
     figure, (left, right) = _figure(2)
     left.plot(weights, [max(record["kl_nats"], 1e-4) for record in records], marker="o", color=_BLUE)
-    left.set(xscale="log", yscale="log", xlabel="weight of the KL (1: the ELBO)", ylabel="KL from the prior, nats")
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="weight of the KL (1: the ELBO)",
+        ylabel="KL, nats (less than 0.0001 drawn as that)",
+    )
     for name, label, colour in (
         ("map", "MAP, standardised", _BLUE),
         ("map_raw", "MAP, raw", _YELLOW),
