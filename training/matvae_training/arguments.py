@@ -26,6 +26,7 @@ from matvae_training.config import (
     default_prefix_weights,
 )
 from matvae_training.option_values import numbers, shape, whole, whole_numbers
+from matvae_training.reproduce import arguments as reproduce_arguments
 
 _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "reconstruction": ("what measures a reconstruction", RECONSTRUCTIONS),
@@ -105,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     summary.add_argument(
         "--out", type=Path, help="folder for summary.json and summary.md (the page on standard output)"
     )
+    reproduce_arguments.add(commands)
     return whole
 
 

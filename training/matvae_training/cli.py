@@ -12,6 +12,7 @@ from matvae_server import bundle
 from matvae_server.card import CardError
 from matvae_training import arguments, measuring_arguments, model_card, provenance, summary
 from matvae_training.config import DataError, FitError
+from matvae_training.reproduce import arguments as reproduce_arguments
 
 EXTRA = "matvae-train needs {module}: pip install 'matvae[training]'"
 
@@ -22,6 +23,8 @@ def main(words: Sequence[str] | None = None) -> int:
     options = arguments.parser().parse_args(words)
     if options.command in measuring_arguments.COMMANDS:
         return _measure(options, words)
+    if options.command in reproduce_arguments.COMMANDS:
+        return _reproduce(options, words)
     if options.command == "summary":
         return _summary(options)
     return _card(options) if options.command == "card" else _fit(options, words)
@@ -43,6 +46,23 @@ def _measure(options: argparse.Namespace, words: Sequence[str]) -> int:
         return _fail(f"{error.filename or options.out}: {error.strerror or error}")
     except KeyboardInterrupt:
         _fail("interrupted")
+        return 130
+    return 0
+
+
+def _reproduce(options: argparse.Namespace, words: Sequence[str]) -> int:
+    from matvae_training.reproduce import commands
+
+    try:
+        commands.run(options, words)
+    except ModuleNotFoundError as error:
+        return _fail(EXTRA.format(module=error.name))
+    except (DataError, FitError, bundle.BundleError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or options.out}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on after the last training that was written")
         return 130
     return 0
 

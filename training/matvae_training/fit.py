@@ -80,13 +80,16 @@ def train(
     model: Network,
     images: Tensor,
     config: FitConfig,
-    report: Callable[[Progress], None] = lambda _: None,
+    report: Callable[[Progress], bool | None] = lambda _: None,
     *,
     labels: Tensor | None = None,
     checkpoint: Checkpoint | None = None,
     stopping: Stopping | None = None,
+    plain: bool = False,
 ) -> None:
     """Train a model that exists, as `fit` does, where it is; seeding and making it is the caller's. Ends in eval mode.
+
+    `report` ends training by returning true. `plain` takes Adam at a constant rate (Kingma & Ba 2015, arXiv 1412.6980).
 
     With a `checkpoint`, training goes on from what it holds, step by step as if it had never stopped, and saves to it
     after every epoch. With `stopping`, it ends when that says so, and the model has its best weights then. Raises
@@ -113,8 +116,14 @@ def train(
     per_epoch = len(images) // size
     steps = per_epoch * config.epochs
     parameters = [*model.parameters(), *objective.learned().parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=steps)
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    if plain:
+        optimiser = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    else:
+        optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=steps)
     stateful = (model, objective.learned(), optimiser, schedule)
     done = checkpoint.load(*stateful, stopping=stopping) if checkpoint else 0
     started = time.perf_counter()
@@ -137,7 +146,7 @@ def train(
         schedule.step()
         validation_loss = stopping.see(objective, model, size) if stopping and ends else None
         elapsed = time.perf_counter() - started
-        report(
+        enough = report(
             Progress(
                 epoch=(step - 1) // per_epoch + 1,
                 step=step,
@@ -151,6 +160,8 @@ def train(
         )
         if checkpoint and ends:
             checkpoint.save(step, *stateful, stopping=stopping)
+        if enough:
+            break
     if stopping:
         stopping.restore(model)
     model.eval()

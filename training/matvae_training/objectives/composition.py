@@ -59,8 +59,11 @@ class Batch:
         return self.images[0].numel()
 
 
-class _Decoder(Protocol):
-    def __call__(self, codes: Tensor, chosen: Sequence[int] | None = None, /) -> Tensor: ...
+class Decoder(Protocol):
+    """Codes (n, dimensions) to images of every prefix, or of those of some indices, (prefixes, n, h, w, channels)."""
+
+    def __call__(self, codes: Tensor, chosen: Sequence[int] | None = None, /) -> Tensor:  # noqa: D102
+        ...
 
 
 Term = Callable[[Batch], Tensor]
@@ -85,7 +88,7 @@ class Network(Protocol):
         ...
 
     @property
-    def decoder(self) -> _Decoder | None:
+    def decoder(self) -> Decoder | None:
         """Codes to images from every prefix or those of some indices; or nothing: then no term can reconstruct."""
         ...
 
