@@ -118,7 +118,7 @@ def test_build_list_pull_and_search_without_a_server(
         assert [(one["name"], one["count"], one["version"]) for one in listed] == [("photos", 20, 1)]
         assert matvae("gallery", "list", address=keeper.address).stdout.split()[:3] == ["photos", "20", "codes"]
         # 640 bytes are 32 for each of the 20 codes.
-        done = matvae("pull", "photos", "--out", "copy", "--memory", "640B", "--json", address=keeper.address)
+        done = matvae("pull", "photos", "--out", "copy", "--memory", "160B", "--json", address=keeper.address)
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)
         assert told["bytes_per_vector"] <= 32
@@ -161,12 +161,12 @@ def test_a_pull_says_what_the_budget_bought_and_what_changed(
 ) -> None:
     matvae("gallery", "build", "kept", photos)
     with start_server("--gallery", f"few={tmp_path / 'kept'}") as keeper:
-        first = matvae("pull", "few", "--memory", "640B", address=keeper.address)
+        first = matvae("pull", "few", "--memory", "160B", address=keeper.address)
         assert first.returncode == 0, first.stderr
         quality, reason, done = first.stdout.splitlines()
-        assert quality.startswith("32-d int8: 32 bytes per vector, 640 in all; knn ")
+        assert quality.startswith("64-d binary: 8 bytes per vector, 160 in all; knn ")
         assert reason.startswith("  because it has the best knn of the ")
-        assert done == "few: 20 codes of 32 bytes (32-d int8)"
+        assert done == "few: 20 codes of 8 bytes (64-d binary)"
         assert matvae("pull", "few", address=keeper.address).stdout == f"{done}: 0 added, 0 changed, 0 removed\n"
         (photos / "00.png").unlink()
         (photos / "20.png").write_bytes((photos / "01.png").read_bytes())
@@ -180,12 +180,12 @@ def test_a_pull_says_what_the_budget_bought_and_what_changed(
         matvae("gallery", "build", "kept", photos)
         told = json.loads(matvae("pull", "few", "--json", address=keeper.address).stdout)
         assert [told[what] for what in ("count", "added", "changed", "removed")] == [21, 1, 1, 0]
-        grown = matvae("pull", "few", "--memory", "640B", address=keeper.address)
+        grown = matvae("pull", "few", "--memory", "160B", address=keeper.address)
         assert (grown.returncode, grown.stdout) == (1, "")
-        assert "640 bytes for the 21 codes that the gallery has now mean 128-d binary" in grown.stderr
-        assert "the copy in few is 32-d int8 (672 bytes)" in grown.stderr
+        assert "160 bytes for the 21 codes that the gallery has now mean 32-d binary" in grown.stderr
+        assert "the copy in few is 64-d binary (168 bytes)" in grown.stderr
         other = matvae("pull", "few", "--dimensions", 16, address=keeper.address)
-        assert "few holds 21 codes of 32-d int8, not of 16-d float32" in other.stderr
+        assert "few holds 21 codes of 64-d binary, not of 16-d float32" in other.stderr
         for name in ("../few", ".few"):
             assert "give --out DIR" in matvae("pull", name, address=keeper.address).stderr
 

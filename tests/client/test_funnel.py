@@ -79,7 +79,7 @@ def test_a_shortlist_of_everything_is_exact_search(
     ("schedule", "precision", "floor"),
     [
         ([(16, 200), (128, 10)], "int8", 0.98),
-        ([(128, 200), (128, 10)], "binary", 0.98),
+        ([(128, 800), (128, 10)], "binary", 0.98),
         ([(8, 400), (32, 100), (128, 10)], "float32", 0.98),
     ],
 )
