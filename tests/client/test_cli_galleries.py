@@ -118,7 +118,7 @@ def test_build_list_pull_and_search_without_a_server(
         assert [(one["name"], one["count"], one["version"]) for one in listed] == [("photos", 20, 1)]
         assert matvae("gallery", "list", address=keeper.address).stdout.split()[:3] == ["photos", "20", "codes"]
         # 640 bytes are 32 for each of the 20 codes.
-        done = matvae("pull", "photos", "--out", "copy", "--memory", "160B", "--json", address=keeper.address)
+        done = matvae("pull", "photos", "--out", "copy", "--memory", "640B", "--json", address=keeper.address)
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)
         assert told["bytes_per_vector"] <= 32
