@@ -9,14 +9,15 @@ from matvae_server import security
 from matvae_server.config import ServerConfig, bracketed, cores
 from matvae_server.galleries import GalleryError
 from matvae_server.models import Model, ModelError, Models, discard
-from matvae_server.ports import StartupError, unavailable
+from matvae_server.ports import StartupError
 from matvae_server.server import open_galleries
 
 
 async def check(config: ServerConfig) -> str:
-    """Load and warm up all that `config` names; what would be served, line by line. Raises StartupError."""
-    for flag in ("--port", "--health-port", "--metrics-port"):
-        _try_port(config, flag)
+    """Load and warm up all that `config` names; what would be served, line by line. Raises StartupError.
+
+    A port that is taken is a note: a server that runs may be what is to be replaced.
+    """
     try:
         security.credentials(config.security)
         security.interceptors(config.security)
@@ -42,18 +43,20 @@ async def check(config: ServerConfig) -> str:
     wide = config.workers * config.encoder_threads
     if wide > cores():
         lines.append(f"note: workers x threads are {wide}, and this process may use {cores()} cores")
-    return "\n".join(lines)
+    flags = ("--port", "--health-port", "--metrics-port")
+    return "\n".join(lines + [note for flag in flags if (note := _port_note(config, flag))])
 
 
-def _try_port(config: ServerConfig, flag: str) -> None:
+def _port_note(config: ServerConfig, flag: str) -> str | None:
     port: int | None = getattr(config, flag.removeprefix("--").replace("-", "_"))
     if port is None:
-        return
+        return None
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         socket.create_server((config.host, port), family=family).close()
-    except OSError:
-        raise unavailable(f"{bracketed(config.host)}:{port}", flag) from None
+    except OSError as error:
+        return f"note: {bracketed(config.host)}:{port} ({flag}) cannot be taken now: {error.strerror}"
+    return None
 
 
 def _describe(config: ServerConfig, model: Model) -> list[str]:

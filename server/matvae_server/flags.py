@@ -19,7 +19,7 @@ class Flags:
         name = flag.removeprefix("--").replace("-", "_")
         variable, default = f"MATVAE_{name.upper()}", self._defaults[name]
         said = "none" if default in (None, "") else default
-        value = os.environ.get(variable, default)
+        value = os.environ.get(variable) or default
         if isinstance(value, str) and (read := kwargs.get("type")):
             try:
                 value = read(value)

@@ -87,7 +87,7 @@ class Models:
 
     def refusal(self) -> ServiceError | None:
         """Why no call for codes is let in, whatever it asks for: the queues of all models are full."""
-        errors = [model.admission.refusal() for model in self._by_name.values()]
+        errors = [model.admission.refusal() for model in (*self._by_name.values(), *self._retiring.values())]
         return errors[0] if all(errors) else None
 
     def live(self) -> list[Model]:

@@ -97,13 +97,8 @@ def listen(
     except RuntimeError:
         taken = 0
     if not taken:
-        raise unavailable(address, flag)
+        raise StartupError(
+            f"cannot listen on {address}: is the port in use, or the host not of this machine? "
+            f"Choose another with {flag} (0: a free one) or --host"
+        )
     return f"{bracketed(config.host)}:{taken}"
-
-
-def unavailable(address: str, flag: str) -> StartupError:
-    """That an address cannot be listened on."""
-    return StartupError(
-        f"cannot listen on {address}: is the port in use, or the host not of this machine? "
-        f"Choose another with {flag} (0: a free one) or --host"
-    )

@@ -438,7 +438,7 @@ def test_locust_takes_the_file() -> None:
 @pytest.mark.skipif(not shutil.which("h2load"), reason="h2load is not installed")
 def test_cross_check(server, tmp_path: Path, capsys) -> None:
     out = tmp_path / "check.json"
-    flags = ["--server", server.address, "--users", "2", "--seconds", "0.3", "--repeats", "1", "--out", str(out)]
+    flags = ["--server", server.address, "--users", "2", "--seconds", "2", "--repeats", "1", "--out", str(out)]
     assert cli.main(["cross-check", *flags]) == 0
     results = json.loads(out.read_text())
     (ours,), (theirs,) = (results["cells"][name] for name in ("locust", "h2load"))

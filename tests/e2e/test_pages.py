@@ -59,7 +59,10 @@ def test_pages_that_lie_are_found_out(
         (
             ("```python\nprint(1 + 1)\n# → 3\n```\n", r"prints\n2"),
             ("```python\nprint(1)\n```\n```python\n1 / 0\n```\n", "ZeroDivisionError"),
-            ("```console\n$ matvae plan --vectors 1e6 --memory 64MB\n128-d float32\n...\n```\n", "prints\n32-d int8"),
+            (
+                "```console\n$ matvae plan --vectors 1e6 --memory 64MB\n128-d float32\n...\n```\n",
+                "prints\n128-d binary",
+            ),
             ("```console\n$ matvae plan\n```\n", "exit status 1"),
             ("    matvae-bench soak --hours 3\n", "unrecognized arguments: --hours 3"),
             ("```console\n$ matvae-train fit --dataset mnist\n```\n", "--data-root"),

@@ -338,9 +338,8 @@ def test_check_tries_the_ports_and_tells_of_more_threads_than_cores() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = serve("--check", "--port", "0", "--metrics-port", port)
-    assert done.returncode == 1
-    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
-    assert "--metrics-port" in done.stderr
+    assert done.returncode == 0, "a server that runs is what is to be replaced"
+    assert f"note: 127.0.0.1:{port} (--metrics-port) cannot be taken now" in done.stdout
     wide = str(os.cpu_count() or 1)
     assert "note: workers x threads are" in serve("--check", "--port", "0", "--workers", "2", "--threads", wide).stdout
 

@@ -11,7 +11,8 @@ float32, and the probes of all prefixes and folds are trained together (`probes`
     knn, recall@10, logistic, mlp  as on the card (`evaluate`)
     kmeans, kmeans_one_to_one      clusters labelled by majority, or each label given once (`extras`)
     reconstruction_mse             of the tested images, per pixel in [0, 1], where there is a decoder
-    mmd_to_prior                   unbiased MMD² of tested codes, posterior means, to N(0, I); IMQ kernel, up to 2,000
+    mmd_to_prior                   unbiased MMD² of tested codes, posterior means, to N(0, I); IMQ kernel, up to 2,000.
+                                   Ordered codes have variances of their own: it is large, and says no more than that
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def train(
             checkpoint.save(step, *stateful, stopping=stopping)
         if enough:
             break
-    if stopping:
+    if stopping and stopping.epoch:  # 0 where `report` ended the first
         stopping.restore(model)
     model.eval()
 

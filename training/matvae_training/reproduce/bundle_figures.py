@@ -47,9 +47,17 @@ def draw(bundle: Bundle, load: Callable[[str], Dataset], out: Path) -> None:
 
     plots.scatter(codes[:, :2], labels, data.classes, out / f"{name}-codes.png")
     rng = np.random.default_rng(0)
-    drawn = rng.standard_normal((_COLUMNS, codes.shape[1]))
+    # Ordered codes do not correlate, and have variances of their own; others were held to the prior, N(0, I).
+    ordered = bundle.card.provenance.get("ordered") == "true"
+    centre, scale = (codes.mean(0), codes.std(0)) if ordered else (0.0, 1.0)
+    source = "by the variances of the codes" if ordered else "from the prior"
+    drawn = centre + scale * rng.standard_normal((_COLUMNS, codes.shape[1]))
     rows = {f"{m}": decode(drawn, index) for index, m in enumerate(prefixes)}
-    plots.sheet(rows, out / f"{name}-samples.png", title="draws from the prior, by prefix")
+    plots.sheet(
+        rows,
+        out / f"{name}-samples.png",
+        title=f"draws {source}, by prefix",
+    )
     first = [int(np.flatnonzero(labels == label)[0]) for label in range(len(data.classes)) if (labels == label).any()]
     chosen = np.array(first[:_COLUMNS])
     rows = {"image": images[chosen] / 255.0}
