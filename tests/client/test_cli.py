@@ -253,7 +253,8 @@ def test_ctrl_c_is_status_130(photos: Path) -> None:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         command = [sys.executable, "-m", "matvae_client", "classify", str(photos), "--server", address]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            connection, _ = silent.accept()  # it is in the call now
+            connection, _ = silent.accept()
+            assert connection.recv(1)  # its first bytes: it is in the call now, and not on the way to it
             process.send_signal(signal.SIGINT)
             output, errors = process.communicate(timeout=60)
             connection.close()
