@@ -46,6 +46,12 @@ def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="measure nothing, write the page of this run's JSON file",
     )
     report.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FILE",
+        help="take sections that are not measured now from this run's JSON file; the page says so",
+    )
+    report.add_argument(
         "--against", type=Path, metavar="FILE", help="another run's JSON file: fail unless the two agree"
     )
 
@@ -54,6 +60,7 @@ def _report(options: argparse.Namespace) -> None:
     from matvae_bench import report
 
     second = _load(options.against) if options.against else None
+    kept = _load(options.keep) if options.keep else None
     if options.earlier:
         path, results = options.earlier, _load(options.earlier)
     else:
@@ -61,10 +68,23 @@ def _report(options: argparse.Namespace) -> None:
         path = options.out or _default_out(quick=options.quick)
         save(path, results)
         results = _load(path)
+    if kept is not None:
+        results = _with(results, kept, options.keep)
+        path.write_text(json.dumps(results, indent=1) + "\n")
     page = options.page or (Path("bench-results") if results["quick"] else Path("docs")) / "report.md"
     write(page, path, results, options.against, second)
     if second is not None:
         _judge(results, second)
+
+
+def _with(results: dict[str, Any], kept: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The results, and the sections of another run that they lack."""
+    from matvae_bench.report import MEASURED
+
+    names = [name for name in MEASURED if name in kept and name not in results]
+    told = {"sections": names, "file": path.name} | {key: kept[key] for key in ("date", "commit", "command")}
+    seconds = {name: kept["section_seconds"][name] for name in names} | results["section_seconds"]
+    return results | {name: kept[name] for name in names} | {"section_seconds": seconds, "kept": told}
 
 
 def write(page: Path, path: Path, results: dict[str, Any], against: Path | None, second: dict[str, Any] | None) -> None:

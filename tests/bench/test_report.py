@@ -168,6 +168,33 @@ def test_a_run_agrees_with_itself(anatomy_alone: Path, tmp_path: Path, capsys) -
     assert "The second run agrees ([first.json](first.json)" in out.read_text()
 
 
+def test_sections_of_an_earlier_run_are_kept_and_said_to_be(anatomy_alone: Path, tmp_path: Path) -> None:
+    earlier = json.loads(anatomy_alone.read_text())
+    now = tmp_path / "now.json"
+    now.write_text(
+        json.dumps({key: value for key, value in earlier.items() if key != "anatomy"} | {"section_seconds": {}})
+    )
+    out = tmp_path / "report.md"
+    command = ["report", "--from", str(now), "--keep", str(anatomy_alone), "--page", str(out)]
+    assert cli.main(command) == 0
+    written = json.loads(now.read_text())
+    assert written["anatomy"] == earlier["anatomy"]
+    assert written["kept"]["sections"] == ["anatomy"]
+    assert f"| of an earlier run | anatomy: first.json, {earlier['date']}" in out.read_text()
+
+
+def test_a_section_that_one_run_did_not_measure_is_not_compared(
+    anatomy_alone: Path, tmp_path: Path, results: dict
+) -> None:
+    second, out = tmp_path / "second.json", tmp_path / "report.md"
+    second.write_text(json.dumps({key: value for key, value in results.items() if key != "latency"}))
+    first = json.loads(anatomy_alone.read_text())
+    found = agreement.compare(report.SECTIONS, first, json.loads(second.read_text()))
+    assert (found.reached, set(found.compared)) == (True, {"anatomy"})
+    text = page.render(report.SECTIONS, results, page.Links(raw="a", images="b", second=out.name), first)
+    assert "not measured again" in text
+
+
 def test_a_run_that_differs_is_told_number_by_number(anatomy_alone: Path, tmp_path: Path, capsys) -> None:
     changed = json.loads(anatomy_alone.read_text())
     for repeat in changed["anatomy"]["cells"][0]["repeats"]:

@@ -68,11 +68,13 @@ def rule() -> str:
 
 
 def compare(sections: Sequence[Section], first: Results, second: Results) -> Agreement:
-    """Number by number."""
+    """Number by number, in the sections that both have measured."""
     compared: dict[str, int] = {}
     differences: list[Difference] = []
     missing: list[str] = []
     for section in sections:
+        if not (section.source in first and section.source in second):
+            continue
         one, two = (_cells(section, results) for results in (first, second))
         missing += [f"{section.name}, {name}" for name in sorted(one.keys() ^ two.keys())]
         if both := [name for name in one if name in two]:
@@ -85,8 +87,6 @@ def compare(sections: Sequence[Section], first: Results, second: Results) -> Agr
 
 def _cells(section: Section, results: Results) -> dict[str, Cell]:
     """Those that have a value."""
-    if section.source not in results:
-        return {}
     return {name: cell for name, cell in section.cells(results[section.source]).items() if cell.values}
 
 

@@ -65,6 +65,14 @@ def _head(results: Results, links: Links) -> list[str]:
     return told
 
 
+def _kept(results: Results) -> list[tuple[str, str]]:
+    """What an earlier run measured."""
+    if not (kept := results.get("kept")):
+        return []
+    names = ", ".join(kept["sections"])
+    return [("of an earlier run", f"{names}: {kept['file']}, {kept['date']}, `{kept['commit']}`, `{kept['command']}`")]
+
+
 def _where(results: Results, links: Links) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     seconds = results["section_seconds"]
@@ -75,6 +83,7 @@ def _where(results: Results, links: Links) -> list[str]:
         ("processor", f"{results['processor']}, {results['cores']} cores, {results['platform']}"),
         ("versions", f"Python {results['python']}, {versions}"),
         ("minutes", f"{sum(seconds.values()) / 60:.1f}: {took}"),
+        *_kept(results),
         ("raw results", f"[{Path(links.raw).name}]({links.raw})"),
     ]
     return [markdown_table(("what", "measured with"), rows)]
@@ -105,7 +114,8 @@ def _shares(sections: Sequence[Section], results: Results, found: Agreement | No
         points = sorted({cell.absolute for cell in cells if cell.absolute})
         stated = [f"{100 * share:.0f} %" for share in shares] + [f"{100 * point:.1f} points" for point in points]
         if stated:
-            apart = [str(found.differing(section.name))] if found else []
+            again = found and section.name in found.compared
+            apart = [str(found.differing(section.name)) if again else "not measured again"] if found else []
             rows.append([section.title, str(len(cells)), " to ".join(dict.fromkeys((stated[0], stated[-1]))), *apart])
     return markdown_table(["section", "numbers", "stated share", *(["further apart"] if found else [])], rows)
 
