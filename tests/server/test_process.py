@@ -1,10 +1,12 @@
 """The process: how it starts, refuses to start, and stops."""
 
+import dataclasses
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -17,6 +19,7 @@ from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_server import bundle as bundles
 
 Status = health_pb2.HealthCheckResponse
+ONE = pb.EmbedRequest(raw=pb.RawImages(pixels=bytes(784), shape=(1, 28, 28, 1)))
 
 
 def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,60 +52,58 @@ def test_sigterm_under_load_answers_every_call_and_exits_0(start_server) -> None
         assert all("cut off" not in call.details() for call in calls)
 
 
-def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(tmp_path: Path) -> None:
-    """The encoder is held until the test lets it go, so what is in flight when SIGTERM comes is known."""
+@dataclasses.dataclass(frozen=True)
+class Stopping:
+    """A server that was told to stop while its encoder holds a call at a gate, as its health already says."""
+
+    process: subprocess.Popen[str]
+    gate: Path
+    stub: pb_grpc.EmbeddingServiceStub
+    held: "grpc.Future[pb.EmbedResponse]"
+
+    def let_go(self) -> None:
+        with self.gate.open("w"):
+            assert self.held.result().codes.count == 1
+
+
+@pytest.fixture
+def stopping(tmp_path: Path) -> Iterator[Stopping]:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     script = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(gate)]
-    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             address = next(line for line in process.stdout if " ready on " in line).split()[-1]
             with grpc.insecure_channel(address) as channel:
                 stub = pb_grpc.EmbeddingServiceStub(channel)
-                request = pb.EmbedRequest(raw=pb.RawImages(pixels=bytes(784), shape=(1, 28, 28, 1)))
-                held = stub.Embed.future(request, timeout=60)
+                held = stub.Embed.future(ONE, timeout=60)
                 assert process.stdout.readline() == "at the gate\n"
                 watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
                 assert next(watch).status == Status.SERVING
                 process.send_signal(signal.SIGTERM)
                 assert next(watch).status == Status.NOT_SERVING
-                with pytest.raises(grpc.RpcError) as refused:
-                    stub.Embed(request, timeout=60)
-                assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
-                assert "shutting down" in refused.value.details()
-                # Longer than the server's FLUSH_SECONDS, after which it would have cut off what it does not wait for.
-                with pytest.raises(grpc.FutureTimeoutError):
-                    held.result(timeout=1.0)
-                with gate.open("w"):
-                    assert held.result().codes.count == 1
-            assert process.wait(30) == 0
+                yield Stopping(process, gate, stub, held)
         finally:
             process.kill()
 
 
-def test_a_reload_that_comes_while_it_drains_ends_nothing(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    script = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(gate)]
-    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            address = next(line for line in process.stdout if " ready on " in line).split()[-1]
-            with grpc.insecure_channel(address) as channel:
-                request = pb.EmbedRequest(raw=pb.RawImages(pixels=bytes(784), shape=(1, 28, 28, 1)))
-                held = pb_grpc.EmbeddingServiceStub(channel).Embed.future(request, timeout=60)
-                assert process.stdout.readline() == "at the gate\n"
-                watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
-                assert next(watch).status == Status.SERVING
-                process.send_signal(signal.SIGTERM)
-                assert next(watch).status == Status.NOT_SERVING
-                process.send_signal(signal.SIGHUP)
-                with gate.open("w"):
-                    assert held.result().codes.count == 1
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
+def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(stopping: Stopping) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        stopping.stub.Embed(ONE, timeout=60)
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "shutting down" in refused.value.details()
+    # Longer than the server's FLUSH_SECONDS, after which it would have cut off what it does not wait for.
+    with pytest.raises(grpc.FutureTimeoutError):
+        stopping.held.result(timeout=1.0)
+    stopping.let_go()
+    assert stopping.process.wait(30) == 0
+
+
+def test_a_reload_that_comes_while_it_drains_ends_nothing(stopping: Stopping) -> None:
+    stopping.process.send_signal(signal.SIGHUP)
+    stopping.let_go()
+    assert stopping.process.wait(30) == 0
 
 
 def test_health_says_not_serving_before_the_end(start_server) -> None:
@@ -205,26 +206,12 @@ def test_the_command_without_its_extra_says_which() -> None:
     assert "pip install 'matvae[server]'" in done.stderr
 
 
-def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    script = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(gate)]
-    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        address = next(line for line in process.stdout if " ready on " in line).split()[-1]
-        with grpc.insecure_channel(address) as channel:
-            request = pb.EmbedRequest(raw=pb.RawImages(pixels=bytes(784), shape=(1, 28, 28, 1)))
-            held = pb_grpc.EmbeddingServiceStub(channel).Embed.future(request, timeout=60)
-            assert process.stdout.readline() == "at the gate\n"
-            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
-            assert next(watch).status == Status.SERVING
-            process.send_signal(signal.SIGTERM)
-            assert next(watch).status == Status.NOT_SERVING
-            process.send_signal(signal.SIGINT)
-            assert process.wait(30) == -signal.SIGINT
-            assert held.exception(timeout=30) is not None
-        assert "Traceback" not in process.stderr.read()
+def test_a_second_signal_ends_the_process_at_once(stopping: Stopping) -> None:
+    stopping.process.send_signal(signal.SIGINT)
+    assert stopping.process.wait(30) == -signal.SIGINT
+    assert stopping.held.exception(timeout=30) is not None
+    assert stopping.process.stderr is not None
+    assert "Traceback" not in stopping.process.stderr.read()
 
 
 def test_a_bundle_whose_encoder_cannot_run_is_refused_at_warm_up(bundle: bundles.Bundle, tmp_path: Path) -> None:
