@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import conv_transpose2d
 
-from matvae_server.network import MatVae
 from matvae_training import cli
-from matvae_training.config import CLASSES, FitConfig, FitError
+from matvae_training.config import CLASSES, FitError
 from matvae_training.data import load
-from matvae_training.fit import train
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Matryoshka
 from matvae_training.objectives.mmd import mmd
@@ -126,30 +124,6 @@ def test_as_written_is_mean_squares_and_what_the_report_adds(family):
             (value,) = mmd(codes[:, :m], prior[:, :m], (m,), kernel=lambda d, _: (-d / 2).exp(), biased=True)
             expected = expected + value
     torch.testing.assert_close(loss, expected)
-
-
-def test_early_stopping_keeps_the_best_weights():
-    model = torch.nn.Linear(1, 1)
-    stopping = protocol.EarlyStopping()
-    said = []
-    for epoch, loss in enumerate((3.0, 2.0, 2.5, 1.5, 1.6, 1.7)):
-        torch.nn.init.constant_(model.weight, epoch)
-        said.append(stopping(loss, model))
-    assert said == [False, False, False, False, False, True]
-    assert stopping.best["weight"].item() == 3.0
-
-
-def test_a_report_that_is_true_ends_training(dataset):
-    config = FitConfig(epochs=3, batch_size=32, prefix_weights=(1.0,))
-    shape = network((28, 28, 1), (2,))
-    steps = []
-
-    def report(progress):
-        steps.append(progress.step)
-        return progress.step == 4
-
-    train(MatVae(shape), dataset.train.images, config, report)
-    assert steps == [1, 2, 3, 4]
 
 
 def test_the_classifier_reads_codes_that_hold_the_label():

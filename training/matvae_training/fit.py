@@ -80,7 +80,7 @@ def train(
     model: Network,
     images: Tensor,
     config: FitConfig,
-    report: Callable[[Progress], bool | None] = lambda _: None,
+    report: Callable[[Progress], None] = lambda _: None,
     *,
     labels: Tensor | None = None,
     checkpoint: Checkpoint | None = None,
@@ -89,7 +89,7 @@ def train(
 ) -> None:
     """Train a model that exists, as `fit` does, where it is; seeding and making it is the caller's. Ends in eval mode.
 
-    `report` ends training by returning true. `plain` takes Adam at a constant rate (Kingma & Ba 2015, arXiv 1412.6980).
+    `plain` takes Adam at a constant rate (Kingma & Ba 2015, arXiv 1412.6980).
 
     With a `checkpoint`, training goes on from what it holds, step by step as if it had never stopped, and saves to it
     after every epoch. With `stopping`, it ends when that says so, and the model has its best weights then. Raises
@@ -146,7 +146,7 @@ def train(
         schedule.step()
         validation_loss = stopping.see(objective, model, size) if stopping and ends else None
         elapsed = time.perf_counter() - started
-        enough = report(
+        report(
             Progress(
                 epoch=(step - 1) // per_epoch + 1,
                 step=step,
@@ -160,9 +160,7 @@ def train(
         )
         if checkpoint and ends:
             checkpoint.save(step, *stateful, stopping=stopping)
-        if enough:
-            break
-    if stopping and stopping.epoch:  # 0 where `report` ended the first
+    if stopping:
         stopping.restore(model)
     model.eval()
 

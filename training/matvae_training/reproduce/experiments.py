@@ -174,10 +174,9 @@ def _small(data: Dataset, objective: str, epochs: int) -> tuple[list[Record], np
             }
         )
 
-    def report(progress: Progress) -> bool:
+    def report(progress: Progress) -> None:
         if progress.step % (progress.steps_per_epoch * _EVERY) == 0:
             look(progress.epoch)
-        return False
 
     look(0)
     settings = FitConfig(

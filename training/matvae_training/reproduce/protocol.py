@@ -17,7 +17,6 @@ The report sums over prefixes with weight 1 each; so do both.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -28,11 +27,10 @@ from torch.nn.functional import cross_entropy
 
 from matvae_training.config import FitConfig, ObjectiveConfig
 from matvae_training.data import Dataset, Split
-from matvae_training.fit import Progress, train
-from matvae_training.objectives import build
-from matvae_training.objectives.composition import Matryoshka
+from matvae_training.fit import train
 from matvae_training.probes import ProbeConfig, StackedProbe
 from matvae_training.reproduce.network import HIDDEN, ReportVae, network
+from matvae_training.stopping import Stopping
 
 FOLDS = 5
 BATCH = 32
@@ -83,24 +81,6 @@ def fold(data: Dataset, number: int, images: int | None, seed: int) -> Parts:
     return Parts(**{name: Split(images=everything[0][at], labels=everything[1][at]) for name, at in rows.items()})
 
 
-class EarlyStopping:
-    """Keeps the best weights, and says when `PATIENCE` epochs in a row were no better."""
-
-    def __init__(self) -> None:
-        self.least = math.inf
-        self.best: dict[str, Tensor] = {}
-        self.waited = 0
-
-    def __call__(self, loss: float, model: torch.nn.Module) -> bool:
-        """Whether to stop, after an epoch that ended with this validation loss."""
-        if loss < self.least:
-            self.least, self.waited = loss, 0
-            self.best = copy.deepcopy(model.state_dict())
-            return False
-        self.waited += 1
-        return self.waited >= PATIENCE
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
     """A model with the best weights that early stopping saw, and how many epochs it was trained."""
@@ -118,19 +98,7 @@ def fit_report(
     height, width, channels = images.shape[1:]
     model = ReportVae(network((height, width, channels), prefixes))
     weights = (1.0,) * len(prefixes)
-    watched = Matryoshka(objective=build(config, model.config, 0), weights=weights)
-    stopping = EarlyStopping()
-    done = 0
-
-    def report(progress: Progress) -> bool:
-        nonlocal done
-        if progress.step % progress.steps_per_epoch:
-            return False
-        done = progress.epoch
-        with torch.no_grad():
-            losses = [watched(model, chunk).loss for chunk in torch.split(parts.validation.images, _CHUNK)]
-        return stopping(torch.stack(losses).mean().item(), model)
-
+    stopping = Stopping(parts.validation, PATIENCE)
     settings = FitConfig(
         epochs=epochs,
         batch_size=BATCH,
@@ -140,9 +108,8 @@ def fit_report(
         prefix_weights=weights,
         seed=seed,
     )
-    train(model, images, settings, report, plain=True)
-    model.load_state_dict(stopping.best)
-    return Trained(model=model, epochs=done)
+    train(model, images, settings, stopping=stopping, plain=True)
+    return Trained(model=model, epochs=stopping.seen)
 
 
 @torch.inference_mode()
