@@ -1,9 +1,9 @@
-"""The encoder's thread: it takes what has gathered while it was busy.
+"""Batches, formed on the event loop, and the encoder's thread, which is handed whole ones.
 
 A lone request is encoded at once, and so are a few; under load batches form by themselves, because requests gather
-while the previous batch runs. Where that batch was of many small requests and few have come since, the thread draws
-breath: half a millisecond in which the event loop brings more of them, undisturbed. A batch of three costs both threads
-as much to hand over as one of ten (docs/load.md has what it gains). The cap counts images, not requests.
+while the previous batch runs. Small requests gather longer where that pays (`_Patience`): a batch of three costs loop
+and thread as much to hand over as one of thirty, and both want the interpreter's lock for it (docs/load.md has what
+that gains). The cap counts images, not requests.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,10 +22,13 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-_BREATH_SECONDS = 0.0005
-_MANY = 5  # requests in a batch: as many callers at least are there at a time
-_ENOUGH = 16  # requests, from which a batch gains little by growing
-_JUST_NOW_SECONDS = 0.003
+_ENOUGH = 32  # requests, from which a batch gains little by growing
+_WAIT_SECONDS = 0.005
+"""How long a batch waits for more at most, and the pause after which it waits for nobody. Timers are of whole ms."""
+_FORGET_SECONDS = 0.25
+"""How long it counts that waiting was in vain."""
+_NICE = 5
+"""How much the encoder yields to the event loop, the transport's threads and their callers on the same cores."""
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Codes: TypeAlias = npt.NDArray[np.float32]
@@ -55,6 +60,34 @@ class _Started:
     at: float
 
 
+class _Patience:
+    """How many small requests a batch waits for: learned from whether waiting paid.
+
+    One more after every batch behind which others already waited; where it waited in vain, four fifths of those who had
+    come, and for a while no more; after a pause, one. How many callers there are cannot be seen: most of their
+    requests are still in the transport, which the event loop empties one by one.
+    """
+
+    def __init__(self) -> None:
+        self.requests = 1
+        self._most, self._since = _ENOUGH, 0.0
+
+    def paid(self) -> None:
+        """A batch was of so many, and others wait behind it."""
+        if time.perf_counter() - self._since > _FORGET_SECONDS:
+            self._most = _ENOUGH
+        self.requests = min(self.requests + 1, self._most)
+
+    def pause(self) -> None:
+        """Nobody has come for a while."""
+        self.requests = 1
+
+    def in_vain(self, came: int) -> None:
+        """A batch waited, and so many came."""
+        self.requests = self._most = max(1, came * 4 // 5)
+        self._since = time.perf_counter()
+
+
 class Batcher:
     """Coalesces concurrent requests into batches for `encode`, uint8 (n, ...) -> float32 (n, dimensions).
 
@@ -76,67 +109,92 @@ class Batcher:
         self._submit = submit or _at_once(encode)
         self._ahead = int(submit is not None)
         self._max_batch = max_batch
-        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._held: _Work | None = None
-        self._latest = (0, 0.0)  # how many requests the last batch was of, and when it was done
         self._loop = asyncio.get_running_loop()
+        # On the loop: who waits, of how many images, and how many batches the thread has been handed and not ended.
+        self._waiting: collections.deque[_Work] = collections.deque()
+        self._images = 0
+        self._handed = 0
+        self._patience = _Patience()
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle_since = 0.0
+        self._about_to_hand = False
+        self._batches: queue.SimpleQueue[list[_Work] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
         self._thread.start()
 
     async def encode(self, images: Pixels) -> Encoded:
         """Encode images, any number of them. Raises what the encoder raises; the next batch is not affected."""
         result: asyncio.Future[Encoded] = self._loop.create_future()
-        self._queue.put(_Work(images, result, time.perf_counter()))
+        self._waiting.append(_Work(images, result, time.perf_counter()))
+        self._images += len(images)
+        self._look()
         return await result
 
     async def close(self) -> None:
         """Finish what is queued and end the thread."""
-        self._queue.put(None)
+        while self._waiting:
+            self._batches.put(self._next())
+        self._batches.put(None)
         await asyncio.to_thread(self._thread.join)
 
+    def _look(self) -> None:
+        """Hand over a batch, where there is one to hand over; in a moment, when the others of this turn have come."""
+        if not self._waiting or self._about_to_hand:
+            return
+        full = self._images >= self._max_batch
+        # One more than the thread needs, if it is full: so the thread need not wait for the loop.
+        if self._handed > self._ahead + full:
+            return
+        if not self._handed and self._waiting[0].queued - self._idle_since > _WAIT_SECONDS:
+            self._patience.pause()
+        if full or len(self._waiting) >= self._patience.requests:
+            self._about_to_hand = True
+            self._loop.call_soon(self._hand)
+        elif not self._handed and self._timer is None:
+            self._timer = self._loop.call_later(_WAIT_SECONDS, self._wait_no_longer)
+
+    def _wait_no_longer(self) -> None:
+        self._patience.in_vain(len(self._waiting))
+        self._hand()
+
+    def _hand(self) -> None:
+        self._about_to_hand = False
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting:
+            self._handed += 1
+            self._batches.put(self._next())
+            self._look()
+
+    def _next(self) -> list[_Work]:
+        """Work of at most `max_batch` images together, or one larger item."""
+        batch: list[_Work] = []
+        images = 0
+        while self._waiting and (not batch or images + len(self._waiting[0].images) <= self._max_batch):
+            batch.append(self._waiting.popleft())
+            images += len(batch[-1].images)
+        self._images -= images
+        return batch
+
     def _run(self) -> None:
+        _yield_to_others()
         under_way: collections.deque[_Started] = collections.deque()
         ended = 0.0
         while True:
-            nothing_to_start = self._held is None and self._queue.empty()
-            if len(under_way) > self._ahead or (under_way and nothing_to_start):
+            if len(under_way) > self._ahead or (under_way and self._batches.empty()):
                 ended = self._finish(under_way.popleft(), ended)
                 continue
-            batch = self._gather()
-            if not batch:
+            batch = self._batches.get()
+            if batch is None:
                 break
-            batch = [item for item in batch if not item.result.cancelled()]  # whose caller has gone is not encoded
+            batch = [work for work in batch if not work.result.cancelled()]  # whose caller has gone is not encoded
             if batch:
                 under_way.append(self._start(batch))
+            else:
+                self._loop.call_soon_threadsafe(self._ended)
         for started in under_way:
             ended = self._finish(started, ended)
-
-    def _gather(self) -> list[_Work]:
-        """Work of at most `max_batch` images together, or one larger item; nothing once the queue is closed."""
-        held, self._held = self._held, None
-        work = held or self._queue.get()
-        if not held and self._draws_breath():  # what is held did not fit: there is more than enough
-            time.sleep(_BREATH_SECONDS)
-        batch: list[_Work] = []
-        count = 0
-        while work is not None:
-            if batch and count + len(work.images) > self._max_batch:
-                self._held = work
-                return batch
-            batch.append(work)
-            count += len(work.images)
-            try:
-                work = self._queue.get_nowait()
-            except queue.Empty:
-                return batch
-        if batch:
-            self._queue.put(None)  # closed: to be seen again after this batch
-        return batch
-
-    def _draws_breath(self) -> bool:
-        requests, ended = self._latest
-        just_now = time.perf_counter() - ended < _JUST_NOW_SECONDS
-        return requests >= _MANY and just_now and self._queue.qsize() < _ENOUGH
 
     def _start(self, batch: list[_Work]) -> _Started:
         """Hand it to the encoder. What goes wrong, whatever it is, fails the batch, and the thread goes on."""
@@ -157,7 +215,6 @@ class Batcher:
         else:
             outcome = _fetch(started.fetches, sum(len(work.images) for work in started.batch))
         begun, now = max(started.at, ended), time.perf_counter()
-        self._latest = len(started.batch), now
         self._loop.call_soon_threadsafe(self._resolve, started.batch, outcome, begun, now - begun)
         return now
 
@@ -166,15 +223,33 @@ class Batcher:
             for work in batch:
                 if not work.result.done():
                     work.result.set_exception(outcome)
-            return
-        codes, finite = outcome
-        start = 0
-        for work in batch:
-            stop = start + len(work.images)
-            if not work.result.done():
-                work.result.set_result(Encoded(codes[start:stop], finite, started - work.queued, seconds))
-            start = stop
-        self.on_batch(start, seconds)
+        else:
+            codes, finite = outcome
+            start = 0
+            for work in batch:
+                stop = start + len(work.images)
+                if not work.result.done():
+                    work.result.set_result(Encoded(codes[start:stop], finite, started - work.queued, seconds))
+                start = stop
+            self.on_batch(start, seconds)
+            if self._waiting and len(batch) >= self._patience.requests and start < self._max_batch:
+                self._patience.paid()
+        self._ended()
+
+    def _ended(self) -> None:
+        """The thread is done with a batch."""
+        self._handed -= 1
+        self._idle_since = time.perf_counter()
+        self._look()
+
+
+def _yield_to_others() -> None:
+    """Lower this thread's priority: a batch is milliseconds of a core, a turn of the loop that waits for it is not.
+
+    Of Linux alone a thread has a priority of its own.
+    """
+    if sys.platform == "linux":
+        os.nice(_NICE)
 
 
 def _at_once(encode: Callable[[Pixels], Codes]) -> Callable[[Pixels], Callable[[], Codes]]:

@@ -1,9 +1,9 @@
 """The encoder's thread: it coalesces, keeps to its cap, isolates failures, and loses nothing at the end."""
 
 import asyncio
-import queue
+import os
+import sys
 import threading
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -101,51 +101,92 @@ def test_work_of_a_caller_who_left_is_not_encoded() -> None:
 
 
 def test_a_lone_request_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing in the encoder's thread waits by the clock."""
-
-    class Queue(queue.SimpleQueue):  # type: ignore[type-arg]
-        def get(self, block: bool = True, timeout: float | None = None) -> object:
-            assert timeout is None
-            return super().get(block, timeout)
-
-    def sleep(seconds: float) -> None:
-        raise AssertionError("the encoder's thread sleeps")
-
-    monkeypatch.setattr(batcher.queue, "SimpleQueue", Queue)
-    monkeypatch.setattr(time, "sleep", sleep)
+    """Neither at first nor after a pause, however many there were before it."""
+    clock = [0.0]
+    monkeypatch.setattr(batcher.time, "perf_counter", lambda: clock[0])
     encode = Recorder()
     encode.release.set()
 
-    async def run() -> Encoded:
+    async def run() -> list[Encoded]:
         lone = Batcher(encode, max_batch=64)
-        result = await lone.encode(labelled(7))
+        monkeypatch.setattr(lone._loop, "call_later", lambda *_: pytest.fail("it waits by the clock"))
+        results = [await lone.encode(labelled(7))]
+        lone._patience.requests = 32
+        clock[0] += 2 * batcher._WAIT_SECONDS
+        results.append(await lone.encode(labelled(8)))
         await lone.close()
-        return result
+        return results
 
-    assert values([asyncio.run(run())]) == [[7]]
+    assert values(asyncio.run(run())) == [[7], [8]]
 
 
-@pytest.mark.parametrize(("callers", "breaths"), [(batcher._MANY - 1, 0), (batcher._MANY, 1)])
-def test_only_many_callers_make_it_draw_breath(monkeypatch: pytest.MonkeyPatch, callers: int, breaths: int) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    monkeypatch.setattr(batcher, "_JUST_NOW_SECONDS", 1e9)  # however slow this machine is
+@pytest.mark.parametrize(("callers", "waits"), [(3, False), (2, True)])
+def test_in_a_crowd_a_batch_waits_for_as_many_as_paid_before(
+    monkeypatch: pytest.MonkeyPatch, callers: int, waits: bool
+) -> None:
+    """And where they do not come, it goes without them, and expects fewer."""
     encode = Recorder()
+    encode.release.set()
+    timers = []
+
+    async def run() -> int:
+        one = Batcher(encode, max_batch=64)
+        one._idle_since = float("inf")  # just now
+        one._patience.requests = 3
+        monkeypatch.setattr(one._loop, "call_later", lambda seconds, then: timers.append(then) or Timer())
+        tasks = [asyncio.create_task(one.encode(labelled(value))) for value in range(callers)]
+        await asyncio.sleep(0)
+        if waits:
+            assert not encode.batches
+            timers.pop()()
+        await asyncio.gather(*tasks)
+        await one.close()
+        return one._patience.requests
+
+    class Timer:
+        def cancel(self) -> None:
+            pass
+
+    expected = asyncio.run(run())
+    assert encode.batches == [callers]
+    assert expected == (1 if waits else 3)
+
+
+def test_patience_grows_while_it_pays_and_remembers_for_a_while_that_it_did_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [10.0]
+    monkeypatch.setattr(batcher.time, "perf_counter", lambda: clock[0])
+    patience = batcher._Patience()
+    for _ in range(100):
+        patience.paid()
+    assert patience.requests == batcher._ENOUGH
+    patience.in_vain(15)
+    for _ in range(100):
+        patience.paid()
+    assert patience.requests == 12
+    clock[0] += 2 * batcher._FORGET_SECONDS
+    patience.paid()
+    assert patience.requests == 13
+    patience.pause()
+    assert patience.requests == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a priority is the process's")
+def test_the_encoders_thread_yields_to_the_event_loop() -> None:
+    priorities = []
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, 0))
+        return np.zeros((len(images), 4), np.float32)
 
     async def run() -> None:
         one = Batcher(encode, max_batch=64)
-        first = asyncio.create_task(one.encode(labelled(0)))
-        await asyncio.to_thread(encode.started.wait, 10)
-        many = [asyncio.create_task(one.encode(labelled(value))) for value in range(callers)]
-        await asyncio.sleep(0)
-        encode.release.set()
-        await asyncio.gather(first, *many)
-        assert not slept
         await one.encode(labelled(1))
         await one.close()
 
     asyncio.run(run())
-    assert slept == [batcher._BREATH_SECONDS] * breaths
+    assert priorities == [min(19, os.getpriority(os.PRIO_PROCESS, 0) + batcher._NICE)]
 
 
 @pytest.mark.parametrize("count", [1, 3])
