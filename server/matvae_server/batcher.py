@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
-import os
+import math
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,12 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 _ENOUGH = 32  # requests, from which a batch gains little by growing
-_WAIT_SECONDS = 0.005
-"""How long a batch waits for more at most, and the pause after which it waits for nobody. Timers are of whole ms."""
-_FORGET_SECONDS = 0.25
+_PAUSE_SECONDS = 0.005  # after which a request waits for no other
+_FORGET_SECONDS = 0.5
 """How long it counts that waiting was in vain."""
-_NICE = 5
-"""How much the encoder yields to the event loop, the transport's threads and their callers on the same cores."""
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Codes: TypeAlias = npt.NDArray[np.float32]
@@ -64,28 +60,36 @@ class _Patience:
     """How many small requests a batch waits for: learned from whether waiting paid.
 
     One more after every batch behind which others already waited; where it waited in vain, four fifths of those who had
-    come, and for a while no more; after a pause, one. How many callers there are cannot be seen: most of their
-    requests are still in the transport, which the event loop empties one by one.
+    come, and where that happens again soon, for a while no more; after a pause, one. How many callers there are cannot
+    be seen: most of their requests are still in the transport, which the event loop empties one by one.
     """
 
     def __init__(self) -> None:
         self.requests = 1
-        self._most, self._since = _ENOUGH, 0.0
+        self._most, self._failed = _ENOUGH, -math.inf
+
+    @property
+    def seconds(self) -> float:
+        """How long to wait for them. Timers are of whole milliseconds."""
+        return 0.002 + 0.0003 * self.requests
 
     def paid(self) -> None:
         """A batch was of so many, and others wait behind it."""
-        if time.perf_counter() - self._since > _FORGET_SECONDS:
+        if time.perf_counter() - self._failed > _FORGET_SECONDS:
             self._most = _ENOUGH
         self.requests = min(self.requests + 1, self._most)
+
+    def in_vain(self, came: int) -> None:
+        """A batch waited, and so many came."""
+        now = time.perf_counter()
+        self.requests = max(1, came * 4 // 5)
+        if now - self._failed < _FORGET_SECONDS:  # once may be a hiccup of the machine
+            self._most = self.requests
+        self._failed = now
 
     def pause(self) -> None:
         """Nobody has come for a while."""
         self.requests = 1
-
-    def in_vain(self, came: int) -> None:
-        """A batch waited, and so many came."""
-        self.requests = self._most = max(1, came * 4 // 5)
-        self._since = time.perf_counter()
 
 
 class Batcher:
@@ -145,13 +149,13 @@ class Batcher:
         # One more than the thread needs, if it is full: so the thread need not wait for the loop.
         if self._handed > self._ahead + full:
             return
-        if not self._handed and self._waiting[0].queued - self._idle_since > _WAIT_SECONDS:
+        if not self._handed and self._waiting[0].queued - self._idle_since > _PAUSE_SECONDS:
             self._patience.pause()
         if full or len(self._waiting) >= self._patience.requests:
             self._about_to_hand = True
             self._loop.call_soon(self._hand)
         elif not self._handed and self._timer is None:
-            self._timer = self._loop.call_later(_WAIT_SECONDS, self._wait_no_longer)
+            self._timer = self._loop.call_later(self._patience.seconds, self._wait_no_longer)
 
     def _wait_no_longer(self) -> None:
         self._patience.in_vain(len(self._waiting))
@@ -178,7 +182,6 @@ class Batcher:
         return batch
 
     def _run(self) -> None:
-        _yield_to_others()
         under_way: collections.deque[_Started] = collections.deque()
         ended = 0.0
         while True:
@@ -241,15 +244,6 @@ class Batcher:
         self._handed -= 1
         self._idle_since = time.perf_counter()
         self._look()
-
-
-def _yield_to_others() -> None:
-    """Lower this thread's priority: a batch is milliseconds of a core, a turn of the loop that waits for it is not.
-
-    Of Linux alone a thread has a priority of its own.
-    """
-    if sys.platform == "linux":
-        os.nice(_NICE)
 
 
 def _at_once(encode: Callable[[Pixels], Codes]) -> Callable[[Pixels], Callable[[], Codes]]:
