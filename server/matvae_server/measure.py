@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from matvae import __version__
 from matvae_server import bundle as bundles
 from matvae_server import runtimes
 from matvae_server.config import ServerConfig
+from matvae_server.throughput import rate
 
 SECONDS = 1.0
 """How long each batch size runs."""
@@ -33,12 +34,7 @@ def measure(config: ServerConfig) -> dict[str, Any]:
     rates = {}
     for count in sorted({1, 8, min(64, config.max_batch), config.max_batch}):
         images = np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
-        encoder.encode(images)
-        runs, started = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - started) < SECONDS:
-            encoder.encode(images)
-            runs += 1
-        rates[str(count)] = count * runs / elapsed
+        rates[str(count)] = count * rate(functools.partial(encoder.encode, images), SECONDS)
     return {
         "model": bundle.card.name,
         "fingerprint": bundle.card.fingerprint,

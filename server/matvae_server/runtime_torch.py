@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from matvae_server.bundle import MODEL, Bundle, BundleError
 from matvae_server.network import Encoder
 from matvae_server.runtimes import COMPUTE_PRECISIONS
+from matvae_server.throughput import rate
 
 
 class TorchEncoder:
@@ -89,20 +89,15 @@ def _copy_rate(source: Tensor, target: Tensor, device: str, seconds: float) -> f
 
 
 def _rate(work: Callable[[], object], device: str, seconds: float) -> float:
-    """How often a second the device does it, in the best of the tenths of that time: other programs only slow it."""
-    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    work()
-    wait()
-    best = 0.0
-    for _ in range(10):
-        count, started = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - started) < seconds / 10 or not count:
-            for _ in range(10):  # queued together, so that the device has no pause between them
-                work()
-            wait()
-            count += 10
-        best = max(best, count / elapsed)
-    return best
+    """How often a second the device does it."""
+
+    def ten() -> None:  # queued together, so that the device has no pause between them
+        for _ in range(10):
+            work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return 10 * rate(ten, seconds, parts=10)
 
 
 def _keep_fp32() -> None:

@@ -93,10 +93,10 @@ def measure(
         batch = np.resize(images, (size, *images.shape[1:]))
         row: dict[str, Any] = {
             "batch": size,
-            "images_per_second": _rate(functools.partial(encoder.encode, batch), seconds, size),
+            "images_per_second": size * rate(functools.partial(encoder.encode, batch), seconds),
         }
         if isinstance(encoder, PipelinedEncoder):
-            row["images_per_second_two_under_way"] = _rate(_two_under_way(encoder, batch), seconds, size)
+            row["images_per_second_two_under_way"] = size * rate(_two_under_way(encoder, batch), seconds)
         if ceilings:
             row["floor_images_per_second"] = size / work.least_seconds(size, **ceilings)
             best = max(value for name, value in row.items() if name.startswith("images_per_second"))
@@ -116,10 +116,14 @@ def _two_under_way(encoder: PipelinedEncoder, batch: Pixels) -> Callable[[], obj
     return step
 
 
-def _rate(step: Callable[[], object], seconds: float, size: int) -> float:
+def rate(step: Callable[[], object], seconds: float, *, parts: int = 1) -> float:
+    """How often a second, once warm; the best of so many parts of the time, where other programs may slow some."""
     step()
-    count, started = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < seconds or not count:
-        step()
-        count += 1
-    return count * size / elapsed
+    best = 0.0
+    for _ in range(parts):
+        count, started = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - started) < seconds / parts or not count:
+            step()
+            count += 1
+        best = max(best, count / elapsed)
+    return best
