@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from matvae_bench import cli, closed_loop, coalescing, features, machine, overload, soak, throughput
+from matvae_bench import cli, closed_loop, coalescing, features, machine, overload, payloads, soak, throughput
 from matvae_bench.errors import BenchmarkError
 
 
@@ -149,7 +149,10 @@ def test_soak(monkeypatch) -> None:
     assert sum(kind["requests"] for kind in kinds.values()) == results["summary"]["requests"] > 0
     assert sum(results["summary"]["statuses"].values()) == results["summary"]["requests"]
     assert sum(minute["requests"] for minute in results["minutes"]) == results["summary"]["requests"]
-    assert not sum(kind["unexpected"] for kind in kinds.values()), kinds
+    assert not results["summary"]["unanswered"]
+    right = {request.name: {code.name for code in request.expected} for request in payloads.mixed()}
+    for name, kind in kinds.items():  # a machine that has other things to do may make the server refuse some
+        assert set(kind["statuses"]) <= right[name] | {"RESOURCE_EXHAUSTED"}, kinds
     assert results["growth"] > 0.5
     assert results["resident_bytes"]["at_the_end"] > 2**20
     assert len(soak.tables(results)) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from itertools import count
@@ -173,12 +174,14 @@ def test_a_bulk_embed_alone_never_overruns_the_server(
     start_server: Callable[..., ServerProcess], images: LabelledImages
 ) -> None:
     many = np.concatenate([images.gallery_images, images.gallery_images])
-    no_retries = [("grpc.enable_retries", 0)]  # they would hide a refusal
-    with start_server("--max-queue", "512") as server, grpc.insecure_channel(server.address, no_retries) as channel:
-        client = EmbeddingClient(server.address, channel=channel)
-        limits = client.model().limits
-        assert (limits.max_queue_images, limits.max_images_per_request) == (512, 256)
-        assert len(client.embed(many, dimensions=8, precision="binary")) == len(many)
+    with start_server("--max-queue", "512", "--access-log") as server:
+        with EmbeddingClient(server.address) as client:
+            limits = client.model().limits
+            assert (limits.max_queue_images, limits.max_images_per_request) == (512, 256)
+            assert len(client.embed(many, dimensions=8, precision="binary")) == len(many)
+        _, log = server.stop()  # which tells of refusals that the client would hide, sending the request again
+    codes = re.findall(r"method=Embed code=(\w+)", log)
+    assert codes == ["OK"] * -(-len(many) // 256)
 
 
 def test_pings_are_rarer_than_the_server_allows(server: ServerProcess) -> None:
