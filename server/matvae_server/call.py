@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
+import grpc
 
-class OnPart(Protocol):
-    """Told of every message of a stream when it is answered, or will not be."""
+from matvae_server.errors import InternalError, ServiceError
 
-    def __call__(self, part: Call, *, answered: bool) -> None:
-        """Must not raise."""
+OnPart: TypeAlias = "Callable[[Call, grpc.StatusCode], None]"
+"""Told of every message of a stream when it is answered, or will not be: with the status that it would have as a call.
+
+Must not raise.
+"""
 
 
 @dataclasses.dataclass(slots=True)
@@ -45,10 +48,12 @@ class Call:
     def part(self) -> Iterator[Call]:
         """One message of a stream, to be answered meanwhile; what is known of it becomes known of the stream."""
         part = Call(method=self.method, request_id=self.request_id, seconds=self.seconds, started=self.started)
-        answered = False
+        code = grpc.StatusCode.OK
         try:
             yield part
-            answered = True
+        except BaseException as error:
+            code = _status(error)
+            raise
         finally:
             self.parts += 1
             if part.model:
@@ -58,8 +63,8 @@ class Call:
             self.bytes_out += part.bytes_out
             if part.encode_seconds:
                 self.queue_seconds, self.encode_seconds = part.queue_seconds, part.encode_seconds
-            if self.on_part and part.model:
-                self.on_part(part, answered=answered)
+            if self.on_part:
+                self.on_part(part, code)
 
     @property
     def seconds_left(self) -> float | None:
@@ -70,3 +75,9 @@ class Call:
     def total_seconds(self) -> float:
         """Since it began."""
         return time.perf_counter() - self.started
+
+
+def _status(error: BaseException) -> grpc.StatusCode:
+    if isinstance(error, ServiceError):
+        return error.status
+    return InternalError.status if isinstance(error, Exception) else grpc.StatusCode.CANCELLED

@@ -60,6 +60,9 @@ class Metrics:
         self._request_seconds = prometheus.Histogram(
             "matvae_request_seconds", "How long calls took.", ("method",), registry=registry, buckets=_SECONDS
         )
+        self._messages = prometheus.Counter(
+            "matvae_stream_messages", "Messages of streams that are over.", ("code",), registry=registry
+        )
         slices = ("model", "dimensions", "precision")
         self._images = prometheus.Counter(
             "matvae_images", "Images that were sent to be encoded.", (*slices, "outcome"), registry=registry
@@ -83,6 +86,7 @@ class Metrics:
             prometheus.ProcessCollector(registry=registry)
         # What `labels` returns, kept: looking it up costs more than counting.
         self._ended: dict[tuple[str, grpc.StatusCode], tuple[prometheus.Counter, prometheus.Histogram]] = {}
+        self._answered: dict[grpc.StatusCode, prometheus.Counter] = {}
         self._sliced: dict[tuple[str, int, str], tuple[prometheus.Counter, ...]] = {}
         self._waited: dict[str, prometheus.Histogram] = {}
         self._batched: dict[str, tuple[prometheus.Histogram, prometheus.Histogram]] = {}
@@ -98,9 +102,19 @@ class Metrics:
         count.inc()
         seconds.observe(call.total_seconds)
         if call.model and not call.parts:  # those of a stream were observed as they were answered
-            self.observe_part(call, answered=code is grpc.StatusCode.OK)
+            self._observe_codes(call, code)
 
-    def observe_part(self, part: Call, *, answered: bool) -> None:
+    def observe_part(self, part: Call, code: grpc.StatusCode) -> None:
+        """A message of a stream is over."""
+        try:
+            count = self._answered[code]
+        except KeyError:
+            count = self._answered[code] = self._messages.labels(code.name)
+        count.inc()
+        if part.model:
+            self._observe_codes(part, code)
+
+    def _observe_codes(self, part: Call, code: grpc.StatusCode) -> None:
         """A request for codes is over, be it a call or a message of a stream."""
         key = part.model, part.dimensions, part.precision
         try:
@@ -108,7 +122,7 @@ class Metrics:
         except KeyError:
             encoded, left_out, unanswered, sent = self._sliced[key] = self._of_slice(*key)
         if part.images:
-            if answered:
+            if code is grpc.StatusCode.OK:
                 encoded.inc(part.images - part.failed_images)
                 left_out.inc(part.failed_images)
             else:

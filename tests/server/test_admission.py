@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -114,8 +116,8 @@ def test_a_deadline_that_comes_before_the_answer_is_refused_with_the_prediction(
 class Gated:
     """A server with a queue of 256 images, batches of one, and a gate that each batch waits at."""
 
-    def __init__(self, process: subprocess.Popen[str], gate: Path, channel: grpc.Channel) -> None:
-        self.process, self.gate = process, gate
+    def __init__(self, process: subprocess.Popen[str], gate: Path, metrics: str, channel: grpc.Channel) -> None:
+        self.process, self.gate, self.metrics = process, gate, metrics
         self.channel, self.stub = channel, pb_grpc.EmbeddingServiceStub(channel)
 
     def send(self, images: int) -> grpc.Future[pb.EmbedResponse]:
@@ -139,18 +141,25 @@ class Gated:
         while f"the queue is full: {depth} images wait" not in (self.refusal(256).details() or ""):
             pass
 
+    def counted(self) -> list[str]:
+        """The lines of the metrics."""
+        with urllib.request.urlopen(self.metrics, timeout=60) as reply:
+            return [line.decode().strip() for line in reply]
+
 
 @pytest.fixture
 def gated(tmp_path: Path) -> Iterator[Gated]:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     script = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(gate)]
-    environment = os.environ | {"MATVAE_MAX_QUEUE": "256", "SECONDS_PER_IMAGE": "1"}
+    environment = os.environ | {"MATVAE_MAX_QUEUE": "256", "MATVAE_METRICS_PORT": "0", "SECONDS_PER_IMAGE": "1"}
     with subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
-        address = next(line for line in process.stdout if " ready on " in line).split()[-1]
+        metrics, address = (
+            next(line for line in process.stdout if mark in line).split()[-1] for mark in (" metrics on ", " ready on ")
+        )
         with grpc.insecure_channel(address, [("grpc.enable_retries", 0)]) as channel:
-            yield Gated(process, gate, channel)
+            yield Gated(process, gate, metrics, channel)
         process.kill()
 
 
@@ -219,4 +228,26 @@ def test_a_stream_obeys_the_same_bound(gated: Gated) -> None:
     assert reply.id == 7
     assert reply.error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
     assert 1000 <= reply.error.retry_after_ms <= 2000
+    assert not held.done()
+
+
+def test_messages_of_a_stream_are_counted_by_what_became_of_them(gated: Gated) -> None:
+    held = gated.send(200)
+    gated.wait_for_a_batch()
+    over = threading.Event()
+
+    def messages() -> Iterator[pb.EmbedStreamRequest]:
+        for images in (57, 58, 1):
+            yield pb.EmbedStreamRequest(id=images, request=request(images))
+        over.wait(300)
+
+    stream = gated.stub.EmbedStream(messages(), timeout=300)
+    assert {next(stream).id, next(stream).id} == {57, 58}
+    gated.wait_for_depth(201)
+    stream.cancel()
+    over.set()
+    gated.wait_for_depth(200)
+    lines = gated.counted()
+    assert 'matvae_stream_messages_total{code="RESOURCE_EXHAUSTED"} 2.0' in lines
+    assert 'matvae_stream_messages_total{code="CANCELLED"} 1.0' in lines
     assert not held.done()

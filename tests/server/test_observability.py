@@ -105,6 +105,8 @@ def test_metrics_count_what_was_called(observed: tuple[ServerProcess, pb_grpc.Em
         ("EmbedStream", "OK"): 1,
     }
     assert value(samples, "request_seconds_count", method="Embed") == 7
+    assert value(samples, "stream_messages_total", code="OK") == 2
+    assert value(samples, "stream_messages_total", code="INVALID_ARGUMENT") == 1
     slices = {
         tuple(dict(labels)[label] for label in ("model", "dimensions", "precision", "outcome")): count
         for (metric, labels), count in samples.items()
