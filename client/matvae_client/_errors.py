@@ -4,9 +4,9 @@
     ├── InvalidRequestError       INVALID_ARGUMENT: a field is wrong, found by the server or here; also a ValueError
     ├── NotFoundError             NOT_FOUND: no such model, head or metric
     ├── FingerprintMismatchError  FAILED_PRECONDITION: two embedding spaces would mix
-    ├── OverloadedError           RESOURCE_EXHAUSTED: come back in `retry_after` seconds
+    ├── OverloadedError           RESOURCE_EXHAUSTED: come back in `retry_after` seconds; CANCELLED by the server
     ├── DeadlineError             DEADLINE_EXCEEDED: no answer in time
-    ├── UnavailableError          UNAVAILABLE: no server answers; CANCELLED: the call was cut off
+    ├── UnavailableError          UNAVAILABLE: no server answers, or this client was closed
     ├── UnauthenticatedError      UNAUTHENTICATED: the server wants credentials
     ├── ServerError               INTERNAL and the rest: the server failed, or its reply cannot be used
     ├── BudgetError               no prefix and precision fits a budget; `nearest` is the plan that comes closest
@@ -79,7 +79,7 @@ class FingerprintMismatchError(MatvaeError):
 
 
 class OverloadedError(MatvaeError):
-    """The server refuses work because it has too much; `retry_after` is in seconds, None where it did not say."""
+    """The server refuses or drops work because it has too much; `retry_after` is in seconds, None if it did not say."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -95,7 +95,7 @@ class DeadlineError(MatvaeError):
 
 
 class UnavailableError(MatvaeError):
-    """No server answers at the address, or it cut the call off as it was stopping, or this client was closed."""
+    """No server answers at the address, or this client was closed."""
 
     code = grpc.StatusCode.UNAVAILABLE
 
@@ -146,6 +146,9 @@ class FormatError(MatvaeError):
 _STATUS_KEY = "grpc-status-details-bin"
 """Trailing metadata that a server writes, and gRPC itself does not."""
 
+_CHANNEL_CLOSED = "Channel closed!"
+"""What grpc says of a call that the closing of its own channel ends; whatever else is CANCELLED, the server cut off."""
+
 _BY_STATUS: dict[grpc.StatusCode, type[MatvaeError]] = {
     error.code: error for error in (NotFoundError, FingerprintMismatchError) if error.code is not None
 }
@@ -173,10 +176,10 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float) -> MatvaeE
             f"no answer from {target} within {timeout:g} s: is it overloaded? A larger timeout= waits longer"
         )
     if status is grpc.StatusCode.CANCELLED:
-        return UnavailableError(
-            f"the call was cut off, by {target} as it was stopping or had too many calls, or because this client was "
-            "closed: call again, not at once "
-            f"({text})"
+        if text == _CHANNEL_CLOSED:
+            return UnavailableError(f"the call to {target} ended because this client was closed")
+        return OverloadedError(
+            f"{target} dropped the call, as a server with too many of them does: try again later ({text})"
         )
     if status is grpc.StatusCode.UNAUTHENTICATED:
         return UnauthenticatedError(

@@ -24,6 +24,7 @@ from matvae_client._errors import (
     DeadlineError,
     InvalidRequestError,
     NotFoundError,
+    OverloadedError,
     ServerError,
     UnavailableError,
 )
@@ -143,7 +144,7 @@ class _Pull:
                             bar = stack.enter_context(Progress(progress, self._count, long=_LONG, what="pulling"))
                             bar.advance(before)
                         bar.advance(len(message.rows.ids))
-                except (UnavailableError, DeadlineError):
+                except (UnavailableError, OverloadedError, DeadlineError):
                     if self._held() <= before or self._request.ids:  # a selection is sent as a whole
                         raise
                     continue

@@ -305,7 +305,9 @@ def test_a_retry_waits_as_long_as_the_server_says(faulty: FaultyServer, faulty_c
     assert second - first >= 0.3  # gRPC's own backoff would be 0.1 s at most
 
 
-@pytest.mark.parametrize("status", [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE])
+@pytest.mark.parametrize(
+    "status", [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED]
+)
 def test_an_overload_that_lasts_uses_up_the_retries_and_not_the_server(
     faulty: FaultyServer, faulty_client: EmbeddingClient, status: grpc.StatusCode
 ) -> None:
@@ -378,13 +380,46 @@ def test_a_server_that_stays_unavailable_is_given_up(faulty: FaultyServer, fault
     assert len(faulty.requests) == 4
 
 
-def test_a_call_that_is_cut_off_does_not_blame_the_address(
+def test_calls_that_grpc_in_the_server_drops_are_an_overload(
     faulty: FaultyServer, faulty_client: EmbeddingClient
 ) -> None:
-    faulty.embed = lambda _, context: _abort(context, grpc.StatusCode.CANCELLED, "stopping")  # type: ignore[return-value]
-    for size in (1, 9):
-        with pytest.raises(UnavailableError, match=rf"^the call was cut off, by {faulty.address}.*\(stopping\)$"):
-            faulty_client.embed(faulty.images(size))
+    """It says CANCELLED, and not when to come back."""
+    drops = iter(range(2))
+
+    def embed(request: pb.EmbedRequest, context: grpc.ServicerContext) -> pb.EmbedResponse:
+        if next(drops, None) is not None:
+            context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
+        return faulty.honest(request)
+
+    faulty.embed = embed
+    assert _first_pixels(faulty_client.embed(faulty.images(1))) == [0]
+    assert len(faulty.requests) == 3
+    drops = iter(range(20))  # more than one call has retries
+    assert _first_pixels(faulty_client.embed(faulty.images(9))) == list(range(9))
+    assert len(faulty.requests) == 3 + 3 + 20
+    drops = iter(range(1000))
+    with pytest.raises(OverloadedError, match=f"^{faulty.address} dropped the call") as caught:
+        faulty_client.embed(faulty.images(1))
+    assert caught.value.retry_after is None
+
+
+@pytest.mark.parametrize("size", [1, 9])
+def test_a_client_that_is_closed_blames_nobody_else(
+    faulty: FaultyServer, faulty_client: EmbeddingClient, size: int
+) -> None:
+    faulty_client.model()
+    sent = -(-size // 4)
+
+    def embed(request: pb.EmbedRequest, _: grpc.ServicerContext) -> pb.EmbedResponse:
+        if len(faulty.requests) == sent:
+            faulty_client.close()
+        faulty.stopping.wait(SECONDS)
+        return faulty.honest(request)
+
+    faulty.embed = embed
+    with pytest.raises(UnavailableError, match=r"this client was closed$"):
+        faulty_client.embed(faulty.images(size))
+    assert len(faulty.requests) == sent
 
 
 def test_a_card_of_a_newer_format_is_refused(faulty: FaultyServer, faulty_client: EmbeddingClient) -> None:

@@ -73,6 +73,7 @@ class Relay(pb_grpc.EmbeddingServiceServicer):
 
     def __init__(self, address: str) -> None:
         self.cut: list[int] = []
+        self.cut_code = grpc.StatusCode.UNAVAILABLE
         self.change: Callable[[pb.PullGalleryResponse], object] = lambda message: None
         self.pulls: list[pb.PullGalleryRequest] = []
         self.rows_sent = 0
@@ -94,7 +95,7 @@ class Relay(pb_grpc.EmbeddingServiceServicer):
         for message in self._stub.PullGallery(request):
             if message.HasField("rows"):
                 if not left:
-                    context.abort(grpc.StatusCode.UNAVAILABLE, "the line is cut")
+                    context.abort(self.cut_code, "the line is cut")
                 left -= 1
                 self.rows_sent += 1
             self.change(message)
@@ -202,6 +203,12 @@ def test_a_pull_goes_on_after_breaks(
     assert {pull.version for pull in relay.pulls[1:]} == {SHARDS}
     assert relay.rows_sent == SHARDS  # nothing twice
     assert seen[-1] == (len(whole), len(whole))
+
+
+def test_a_pull_that_the_server_cancels_goes_on(through: EmbeddingClient, relay: Relay, whole: Codes) -> None:
+    relay.cut, relay.cut_code = [3], grpc.StatusCode.CANCELLED
+    same(through.pull("shirts", dimensions=16), cut_from(whole, 16, "float32"))
+    assert [pull.position for pull in relay.pulls] == [0, 3 * EACH]
 
 
 def test_what_came_before_a_lasting_break_is_not_sent_again(
