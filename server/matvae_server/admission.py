@@ -1,4 +1,4 @@
-"""The bounded queue before an encoder, counted in images: what comes in, what is refused, and when to come back.
+"""A bounded queue, of an encoder or of decoders, counted in images: what comes in, what is refused, when to come back.
 
 A call is refused before any compute is spent on it: where the queue is full, with the time until there is room; where
 its deadline comes before its turn, with the prediction. Predictions rest on measured batches.
@@ -7,6 +7,7 @@ its deadline comes before its turn, with the prediction. Predictions rest on mea
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from matvae_server.errors import DeadlineExceededError, ResourceExhaustedError
 
@@ -47,25 +48,22 @@ class BatchTime:
 
 
 class Admission:
-    """Counts the images that are in an encoder's queue, and lets in what fits.
+    """Counts the images that are in a queue, and lets in what fits.
 
-    `bound` is how many may be there at a time. Not thread-safe: it lives on the event loop.
+    `bound` is how many may be there at a time, `seconds` how long so many take, `max_batch` how many are done together.
+    Not thread-safe: it lives on the event loop.
     """
 
-    def __init__(self, *, bound: int, max_batch: int, batch_time: BatchTime) -> None:
+    def __init__(self, *, bound: int, max_batch: int, seconds: Callable[[int], float]) -> None:
         self.bound = bound
         self.depth = 0
+        self.seconds = seconds
         self._max_batch = max_batch
-        self._batch_time = batch_time
-
-    def seconds(self, images: int) -> float:
-        """How long the encoder takes for so many images, by the latest batches."""
-        return self._batch_time.seconds(images, self._max_batch)
 
     def admit(self, images: int, seconds_left: float | None, *, before: float = 0.0) -> Place:
-        """A place for so many images, to be held until they are encoded, or their caller has gone.
+        """A place for so many images, to be held until they are done, or their caller has gone.
 
-        `before` is how many seconds pass before they can be encoded at all. Raises ResourceExhaustedError where the
+        `before` is how many seconds pass before they can be begun at all. Raises ResourceExhaustedError where the
         queue is full, DeadlineExceededError where `seconds_left` (None: no deadline) are over before they are done.
         """
         excess = self.depth + images - self.bound

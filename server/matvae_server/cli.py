@@ -150,8 +150,9 @@ def _add_process_flags(flags: Flags) -> None:
     add(
         load,
         "--max-queue",
-        "images that may wait for an encoder, beyond which calls are RESOURCE_EXHAUSTED; 0: a fortieth of a second of "
-        "its work, and two full requests at least",
+        "images that may wait for an encoder, and codes for the decoders, beyond which calls are RESOURCE_EXHAUSTED; "
+        "0: a fortieth of a second of the encoder's work, and two full requests at least; of codes a full request for "
+        "each core, and one more",
         type=int,
         metavar="IMAGES",
     )

@@ -42,8 +42,9 @@ class ServerConfig:
 
     `bundles` are directories or packaged names, the first the default model. `galleries` are NAME=DIR: what clients may
     pull under that name, and the codes directory that holds it. `threads` is how wide the encoder runs; 0 leaves one
-    core to the event loop. `max_queue` is how many images may wait for an encoder; 0 is what it does in a fortieth of
-    a second, but two full requests at least. `workers` are processes that share the port. `metrics_port` and
+    core to the event loop. `max_queue` is how many images may wait for an encoder, and codes for the decoders; 0 is
+    what the encoder does in a fortieth of a second, but two full requests at least, and of codes a full request for
+    each core and one more. `workers` are processes that share the port. `metrics_port` and
     `health_port` are plaintext, on `host`; None serves none, 0 takes a free one. `max_connection_age` is in seconds, 0
     without end.
     """

@@ -67,7 +67,7 @@ class Decoder:
         return pixels
 
     def _run(self, codes: Float32, prefix_index: int) -> Float32:
-        session = self._loaded()
+        session = self.load()
         inputs = {"codes": codes, "prefix_index": np.array(prefix_index, np.int64)}
         shape = (len(codes), *self._bundle.card.network.image_shape)
         try:
@@ -78,7 +78,8 @@ class Decoder:
             raise self._unusable(error) from error
         return images
 
-    def _loaded(self) -> onnxruntime.InferenceSession:
+    def load(self) -> onnxruntime.InferenceSession:
+        """The graph, which the first call loads. Raises what `decode` raises of a decoder that cannot be used."""
         with self._loading:
             if self._session is None:
                 self._session = self._load()

@@ -1,4 +1,4 @@
-"""The pool that decodes images, off the event loop and off the encoder's thread, and how long it would take."""
+"""The pool that decodes, files and codes, off the event loop and off the encoder's thread; how long it would take."""
 
 from __future__ import annotations
 
@@ -6,25 +6,51 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from matvae.v1 import embedding_pb2 as pb
 from matvae_server import images as imaging
+from matvae_server.admission import Admission
+from matvae_server.config import ServerConfig
+from matvae_server.decoder import Decoder
 from matvae_server.images import ImageError, Limits, PixelBudget, Pixels
 
 _FORGET = 0.98
 
 
-class DecodePool:
-    """Decodes files in `threads` threads. What nobody waits for any more is not begun."""
+class Pace:
+    """How long a pool of `threads` takes, where each image is one thread's work: as long as for the latest."""
 
     def __init__(self, threads: int) -> None:
-        self.executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._threads = threads
-        self._waiting = 0
-        self._seconds, self._weight = 0.0, 0.0  # of the latest files, and how many those count for
+        self._seconds, self._weight = 0.0, 0.0  # of the latest images, and how many those count for
+
+    def add(self, images: int, seconds: float) -> None:
+        """A thread was so long about so many."""
+        self._seconds = _FORGET * self._seconds + seconds
+        self._weight = _FORGET * self._weight + images
+
+    def seconds(self, images: int) -> float:
+        """For so many; 0 before the first."""
+        return images * self._seconds / self._weight / self._threads if self._weight else 0.0
+
+
+class DecodePool:
+    """Decodes files and codes in `threads` threads. What nobody waits for any more is not begun.
+
+    Files are the encoder's queue's to bound. Codes have a bound here, for all models together: `max_queue`, or a full
+    request for each thread and one that waits.
+    """
+
+    def __init__(self, threads: int, config: ServerConfig) -> None:
+        self.executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._files, self._files_waiting = Pace(threads), 0
+        self._codes = Pace(threads)
+        full = config.limits.max_images_per_request
+        bound = config.max_queue or (threads + 1) * full
+        self._admission = Admission(bound=bound, max_batch=full, seconds=self._codes.seconds)
 
     def predict(self, files: int) -> float:
-        """Seconds until so many files more would be decoded, as fast as the latest were; 0 before the first."""
-        each = self._seconds / self._weight if self._weight else 0.0
-        return each * (self._waiting + files) / self._threads
+        """Seconds until so many files more would be decoded."""
+        return self._files.seconds(self._files_waiting + files) + self._codes.seconds(self._admission.depth)
 
     async def decode(
         self, files: list[bytes], image_shape: tuple[int, int, int], limits: Limits
@@ -40,15 +66,28 @@ class DecodePool:
                 return error, time.perf_counter() - started
 
         loop = asyncio.get_running_loop()
-        self._waiting += len(files)
+        self._files_waiting += len(files)
         try:
             done = await asyncio.gather(*(loop.run_in_executor(self.executor, decode_one, file) for file in files))
         finally:
-            self._waiting -= len(files)
+            self._files_waiting -= len(files)
         for _, seconds in done:
-            self._seconds = _FORGET * self._seconds + seconds
-            self._weight = _FORGET * self._weight + 1
+            self._files.add(1, seconds)
         return [result for result, _ in done]
+
+    async def decode_codes(self, decoder: Decoder, codes: pb.Codes, seconds_left: float | None) -> Pixels:
+        """An image of each. Raises what `Admission.admit` raises, before any work, and what `Decoder.decode` raises."""
+
+        def decode() -> tuple[Pixels, float]:
+            decoder.load()  # which says nothing about how long the next takes
+            started = time.perf_counter()
+            return decoder.decode(codes), time.perf_counter() - started
+
+        loop = asyncio.get_running_loop()
+        with self._admission.admit(codes.count, seconds_left, before=self._files.seconds(self._files_waiting)):
+            images, seconds = await loop.run_in_executor(self.executor, decode)
+        self._codes.add(codes.count, seconds)
+        return images
 
     def close(self) -> None:
         """End the threads, once what is being decoded is done."""

@@ -199,7 +199,11 @@ async def _warm(config: ServerConfig, bundle: Bundle, encoder: Encoder, on_batch
         on_batch(bundle.card.name, images, seconds)
 
     batcher.on_batch = note
-    admission = Admission(bound=_bound(config, batch_time), max_batch=config.max_batch, batch_time=batch_time)
+    admission = Admission(
+        bound=_bound(config, batch_time),
+        max_batch=config.max_batch,
+        seconds=lambda images: batch_time.seconds(images, config.max_batch),
+    )
     description = pb.GetModelResponse(
         card=bundle.card.to_proto(),
         limits=config.limits.to_proto(),

@@ -109,7 +109,7 @@ class Replica:
         fresh = await models.prepare()
         galleries = await asyncio.to_thread(open_galleries, config, fresh)
         models.replace(fresh)
-        decoders = DecodePool(max(1, math.ceil(cpus)))
+        decoders = DecodePool(max(1, math.ceil(cpus)), config)
         core = EmbeddingCore(models, limits=config.limits, decoders=decoders, galleries=galleries)
         self._adapter = GrpcAdapter(core, self._observers)
 

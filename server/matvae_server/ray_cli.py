@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
     )
-    add(load, "--max-queue", "images that may wait for an encoder, as for matvae-serve", type=int, metavar="IMAGES")
+    add(load, "--max-queue", "images or codes that may wait, as for matvae-serve", type=int, metavar="IMAGES")
     add(load, "--max-images-per-request", "images that a request may have", type=int, metavar="IMAGES")
     add(load, "--max-message-bytes", "bytes that a request may have", type=int, metavar="BYTES")
     add(load, "--drain-seconds", "how long calls may go on at a replica that is to end", type=float)

@@ -53,7 +53,7 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
             raise StartupError(str(error)) from None
         server = grpc.aio.server(options=options(config), interceptors=interceptors)
         address = listen(server, config, config.port, "--port", credentials)
-        decoders = stack.enter_context(contextlib.closing(DecodePool(cores())))
+        decoders = stack.enter_context(contextlib.closing(DecodePool(cores(), config)))
         health_servicer = health.aio.HealthServicer()
         health_address = await stack.enter_async_context(serve_health(config, health_servicer))
         models = Models(config, metrics.observe_batch) if metrics else Models(config)

@@ -45,8 +45,8 @@ _BROKEN_CODE: int = grpc.StatusCode.INTERNAL.value[0]
 class EmbeddingCore:
     """Answers the calls of `EmbeddingService`.
 
-    Encoded images are decoded and galleries read in `decoders`, neither on the event loop nor on the encoder's thread.
-    `galleries`, by name, may be replaced between calls.
+    Images and codes are decoded and galleries read in `decoders`, neither on the event loop nor on the encoder's
+    thread. `galleries`, by name, may be replaced between calls.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class EmbeddingCore:
     async def decode(self, request: pb.DecodeRequest, call: Call) -> pb.DecodeResponse:
         """An image of each code, by the decoder of the longest trained prefix that the codes hold.
 
-        Raises NotFoundError, and what `decoder.check` and `Decoder.decode` raise.
+        Raises NotFoundError, and what `decoder.check`, `Admission.admit` and `Decoder.decode` raise.
         """
         codes = request.codes
         model = self._models.find(request.model, codes.fingerprint)
@@ -212,9 +212,7 @@ class EmbeddingCore:
         decoder.check(codes, card, self._limits)
         call.model, call.dimensions = card.name, decoder.prefix_of(codes.dimensions, card)
         call.precision = codec.PRECISION_NAMES[codes.precision]
-        loop = asyncio.get_running_loop()
-        # In the pool: neither the event loop nor the encoder waits. Of a caller that has gone nothing more is begun.
-        images = await loop.run_in_executor(self._decoders.executor, model.decoder.decode, codes)
+        images = await self._decoders.decode_codes(model.decoder, codes, call.seconds_left)
         return pb.DecodeResponse(
             images=pb.RawImages(pixels=images.tobytes(), shape=images.shape), dimensions=call.dimensions
         )

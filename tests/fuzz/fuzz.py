@@ -33,7 +33,7 @@ with atheris.instrument_imports(include=["matvae", "matvae_server"]):
 async def make_core() -> EmbeddingCore:
     models = Models(ServerConfig(runtime="onnxruntime", threads=1))
     models.replace(await models.prepare())
-    return EmbeddingCore(models, limits=Limits(), decoders=DecodePool(1))
+    return EmbeddingCore(models, limits=Limits(), decoders=DecodePool(1, ServerConfig()))
 
 
 def wire() -> None:

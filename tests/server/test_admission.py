@@ -7,9 +7,10 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -32,7 +33,7 @@ def linear(images: int) -> tuple[int, float]:
 
 def admission(bound: int = 100, max_batch: int = 10) -> Admission:
     batch_time = BatchTime([linear(1), linear(max_batch)])
-    return Admission(bound=bound, max_batch=max_batch, batch_time=batch_time)
+    return Admission(bound=bound, max_batch=max_batch, seconds=lambda images: batch_time.seconds(images, max_batch))
 
 
 def test_batch_time_is_a_line_through_what_was_measured() -> None:
@@ -114,14 +115,26 @@ def test_a_deadline_that_comes_before_the_answer_is_refused_with_the_prediction(
 
 
 class Gated:
-    """A server with a queue of 256 images, batches of one, and a gate that each batch waits at."""
+    """A server with queues of 256 images, batches of one, one thread that decodes, and a gate that all work waits at.
 
-    def __init__(self, process: subprocess.Popen[str], gate: Path, metrics: str, channel: grpc.Channel) -> None:
+    `method`, Embed or Decode, is what is called.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[str], gate: Path, metrics: str, channel: grpc.Channel, method: str
+    ) -> None:
         self.process, self.gate, self.metrics = process, gate, metrics
         self.channel, self.stub = channel, pb_grpc.EmbeddingServiceStub(channel)
+        self.fingerprint = self.stub.GetModel(pb.GetModelRequest(), timeout=60).card.fingerprint
+        self.call: Any = getattr(self.stub, method)
+        self.request: Callable[[int], object] = {"Embed": request, "Decode": self.codes}[method]
 
-    def send(self, images: int) -> grpc.Future[pb.EmbedResponse]:
-        return self.stub.Embed.future(request(images), timeout=300)
+    def codes(self, count: int) -> pb.DecodeRequest:
+        fields = {"dimensions": 2, "precision": pb.PRECISION_FLOAT32, "fingerprint": self.fingerprint}
+        return pb.DecodeRequest(codes=pb.Codes(data=bytes(8 * count), count=count, **fields))
+
+    def send(self, images: int) -> Any:
+        return self.call.future(self.request(images), timeout=300)
 
     def wait_for_a_batch(self) -> None:
         assert self.process.stdout is not None
@@ -133,7 +146,7 @@ class Gated:
 
     def refusal(self, images: int, timeout: float = 300) -> grpc.RpcError:
         with pytest.raises(grpc.RpcError) as refused:
-            self.stub.Embed(request(images), timeout=timeout)
+            self.call(self.request(images), timeout=timeout)
         return refused.value
 
     def wait_for_depth(self, depth: int) -> None:
@@ -147,8 +160,8 @@ class Gated:
             return [line.decode().strip() for line in reply]
 
 
-@pytest.fixture
-def gated(tmp_path: Path) -> Iterator[Gated]:
+@pytest.fixture(params=["Embed"])
+def gated(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Gated]:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     script = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(gate)]
@@ -159,7 +172,7 @@ def gated(tmp_path: Path) -> Iterator[Gated]:
             next(line for line in process.stdout if mark in line).split()[-1] for mark in (" metrics on ", " ready on ")
         )
         with grpc.insecure_channel(address, [("grpc.enable_retries", 0)]) as channel:
-            yield Gated(process, gate, metrics, channel)
+            yield Gated(process, gate, metrics, channel, request.param)
         process.kill()
 
 
@@ -167,6 +180,10 @@ def request(images: int) -> pb.EmbedRequest:
     return pb.EmbedRequest(raw=pb.RawImages(pixels=bytes(784 * images), shape=(images, 28, 28, 1)))
 
 
+either = pytest.mark.parametrize("gated", ["Embed", "Decode"], indirect=True)
+
+
+@either
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(gated: Gated) -> None:
     held = gated.send(200)
     gated.wait_for_a_batch()
@@ -196,6 +213,7 @@ def test_a_queue_full_to_the_brim_refuses_before_the_message_is_received(gated: 
     assert not held.done()
 
 
+@either
 def test_a_deadline_that_cannot_be_met_is_refused_before_any_compute(gated: Gated) -> None:
     held = gated.send(1)
     gated.wait_for_a_batch()
@@ -205,6 +223,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_before_any_compute(gated: Gate
     assert not held.done()
 
 
+@either
 def test_work_of_who_has_gone_leaves_the_queue_before_it_is_encoded(gated: Gated) -> None:
     held = gated.send(1)
     gated.wait_for_a_batch()
@@ -213,11 +232,25 @@ def test_work_of_who_has_gone_leaves_the_queue_before_it_is_encoded(gated: Gated
     gone.cancel()
     gated.wait_for_depth(1)
     gated.open_gate()
-    assert held.result().codes.count == 1
+    assert held.code() is grpc.StatusCode.OK
     last = gated.send(1)
     gated.wait_for_a_batch()  # the next batch is this one: the 255 in between were not encoded
     gated.open_gate()
-    assert last.result().codes.count == 1
+    assert last.code() is grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("gated", ["Decode"], indirect=True)
+def test_files_and_codes_that_wait_for_one_pool_are_predicted_together(gated: Gated) -> None:
+    held = gated.send(100)
+    gated.wait_for_a_batch()
+    file = pb.EmbedRequest(encoded=pb.EncodedImages(files=[b"no image"]))
+    with pytest.raises(grpc.RpcError, match="predicted in 102000 ms"):  # its decoding and its encoding
+        gated.stub.Embed(file, timeout=60)
+    waits = gated.stub.Embed.future(file, timeout=300)
+    while "100 images wait: the answer is predicted in 111000 ms" not in gated.refusal(10, timeout=60).details():
+        pass
+    assert not held.done()
+    assert not waits.done()
 
 
 def test_a_stream_obeys_the_same_bound(gated: Gated) -> None:

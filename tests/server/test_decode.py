@@ -6,6 +6,8 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import numpy as np
@@ -18,11 +20,18 @@ from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_server import bundle as bundles
+from matvae_server import decoding
 from matvae_server.call import Call
 from matvae_server.config import ServerConfig
 from matvae_server.decoder import Decoder
 from matvae_server.decoding import DecodePool
-from matvae_server.errors import InternalError, InvalidArgumentError, UnimplementedError
+from matvae_server.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnimplementedError,
+)
 from matvae_server.images import Limits
 from matvae_server.models import Models
 from matvae_server.network import MatryoshkaDecoder
@@ -258,7 +267,7 @@ def test_decoding_runs_in_the_pool_and_not_for_callers_that_have_gone(
     async def run() -> Call:
         models = Models(ServerConfig())
         models.replace(await models.prepare())
-        with contextlib.closing(DecodePool(1)) as pool:
+        with contextlib.closing(DecodePool(1, ServerConfig())) as pool:
             core = EmbeddingCore(models, limits=Limits(), decoders=pool)
             call = Call(method="Decode", request_id="stays")
             reply = await core.decode(request, call)
@@ -281,3 +290,52 @@ def test_decoding_runs_in_the_pool_and_not_for_callers_that_have_gone(
     assert [name.partition("_")[0] for name in threads] == ["decode", "decode"]
     assert (call.model, call.dimensions, call.precision) == ("fashion-mnist", 128, "float32")
     assert call.images == 0  # none was sent to be encoded: metrics and trailers tell of those
+
+
+class Slow(Decoder):
+    """Takes, by a clock of its own, 100 s to load and a tenth of a second for each code."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(decoding, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def load(self) -> Any:
+        self.now += 100
+
+    def decode(self, codes: pb.Codes) -> np.ndarray:
+        self.now += 0.1 * codes.count
+        return np.zeros((codes.count, 1, 1, 1), np.uint8)
+
+
+def test_a_call_is_predicted_by_what_decoding_took_without_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Slow(monkeypatch)
+
+    async def run() -> None:
+        with contextlib.closing(DecodePool(1, ServerConfig())) as pool:
+            await pool.decode_codes(decoder, pb.Codes(count=10), 0.5)  # nothing is known yet
+            await pool.decode_codes(decoder, pb.Codes(count=40), 5.0)
+            with pytest.raises(DeadlineExceededError, match="predicted in 10000 ms"):
+                await pool.decode_codes(decoder, pb.Codes(count=100), 5.0)
+
+    asyncio.run(run())
+
+
+def test_where_nothing_is_said_a_full_request_for_each_thread_is_let_in_and_one_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder, full = Slow(monkeypatch), pb.Codes(count=256)
+
+    async def run() -> None:
+        with contextlib.closing(DecodePool(2, ServerConfig())) as pool:
+            busy = threading.Event()
+            for _ in range(2):
+                pool.executor.submit(busy.wait)
+            waiting = [asyncio.create_task(pool.decode_codes(decoder, full, None)) for _ in range(3)]
+            await asyncio.sleep(0)  # they are in the queue now
+            with pytest.raises(ResourceExhaustedError, match="768 images wait"):
+                await pool.decode_codes(decoder, pb.Codes(count=1), None)
+            busy.set()
+            assert [len(images) for images in await asyncio.gather(*waiting)] == [256] * 3
+            assert len(await pool.decode_codes(decoder, full, None)) == 256
+
+    asyncio.run(run())

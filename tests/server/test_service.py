@@ -42,7 +42,7 @@ def embed(encoder: Recording, request: pb.EmbedRequest, monkeypatch: pytest.Monk
         monkeypatch.setattr(runtimes, "choose", lambda *_, **__: encoder)
         models = Models(ServerConfig())
         models.replace(await models.prepare())
-        with contextlib.closing(DecodePool(2)) as decoders:
+        with contextlib.closing(DecodePool(2, ServerConfig())) as decoders:
             core = EmbeddingCore(models, limits=Limits(), decoders=decoders)
             reply = await core.embed(request, Call(method="Embed", request_id="test"))
         await models.close()

@@ -170,7 +170,7 @@ def test_no_more_is_read_ahead_of_a_slow_reader_than_is_worked_on(taken: int) ->
     async def run() -> None:
         models = Models(ServerConfig(threads=1))
         models.replace(await models.prepare())
-        with contextlib.closing(DecodePool(1)) as decoders:
+        with contextlib.closing(DecodePool(1, ServerConfig())) as decoders:
             core = EmbeddingCore(models, limits=Limits(), decoders=decoders)
             replies = core.embed_stream(requests(), Call(method="EmbedStream", request_id="test"))
             for _ in range(taken + 1):
