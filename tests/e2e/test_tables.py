@@ -191,7 +191,7 @@ def test_usearch_beside_flat(repository: Path, results: dict[str, Any]) -> None:
 
 def test_every_overload_run_is_told(repository: Path, results: dict[str, Any]) -> None:
     """The runs of the same thing, in each table: none is left out."""
-    names = ["overload-64-run-1", "overload-64", "overload-64-run-3", "overload-64-run-4"]
+    names = ["overload-64", "overload-64-run-2"]
     assert {name for name in results if name.startswith("overload-64")} == set(names)
     page = (repository / "docs" / "load.md").read_text()
     shares, ratios = [], []
