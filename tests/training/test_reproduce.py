@@ -214,7 +214,14 @@ def test_experiments_and_the_page_of_them(digits_root, data_root, tmp_path, caps
     assert pull["rbf", 128] < 1e-20
     assert pull["imq", 128] > 1e-4
     assert cli.main(words) == 0
-    assert json.loads((tmp_path / "explain.json").read_text())["balance"] == explain["balance"]
+    assert (tmp_path / "explain.json").read_bytes() == before
+
+    # What is lacking is made; and that the rest is of another run stays told.
+    (tmp_path / "explain.json").write_text(json.dumps({key: explain[key] for key in explain if key != "reach"}))
+    assert cli.main([*words, "--epochs", "2"]) == 0
+    resumed = json.loads((tmp_path / "explain.json").read_text())
+    assert {**resumed, "runs": resumed["runs"][:1]} == explain
+    assert "--epochs 2" in resumed["runs"][1]["command"]
 
     assert reproduce(data_root, tmp_path, "--table", "15", "--variant", "mended") == 0
     (tmp_path / "more.md").write_text("## A fragment\n")

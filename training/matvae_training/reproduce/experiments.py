@@ -51,7 +51,9 @@ def run(
 ) -> None:
     """Add to the file at `path` what it lacks, and beside it samples of the models of `small`. Raises FitError."""
     whole: dict[str, Any] = records.read(path) if path.exists() else {"format": records.FORMAT}
-    whole |= {"command": command, "data_sha256": data.digest, **circumstances(command)}
+    runs = whole.setdefault("runs", [])  # a file may come from several
+    if (this := {"data_sha256": data.digest, **circumstances(command)}) not in runs:
+        runs.append(this)
     parts = protocol.fold(data, 0, images, 0)
     for name, settings in _trainings(parts.train.images[0].numel()):
         done = whole.setdefault(name, [])
