@@ -1,9 +1,9 @@
 """Batches, formed on the event loop, and the encoder's thread, which is handed whole ones.
 
-A lone request is encoded at once, and so are a few; under load batches form by themselves, because requests gather
-while the previous batch runs. Small requests gather longer where that pays (`_Patience`): a batch of three costs loop
-and thread as much to hand over as one of thirty, and both want the interpreter's lock for it (docs/load.md has what
-that gains). The cap counts images, not requests.
+A lone request is encoded at once; under load batches form by themselves, because requests gather while the previous
+batch runs. Requests of few images gather longer where that pays (`_Patience`): a batch of three costs loop and thread
+as much to hand over as one of thirty, both want the interpreter's lock for it, and replies that leave together cost the
+transport less. The cap counts images, not requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-_ENOUGH = 32  # requests, from which a batch gains little by growing
+_ENOUGH = 32  # images, from which a batch gains little by growing
+_LARGE = 8  # images, from which a request is a batch that a CPU computes at nearly its best rate
 _PAUSE_SECONDS = 0.005  # after which a request waits for no other
 _FORGET_SECONDS = 0.5
 """How long it counts that waiting was in vain."""
@@ -57,39 +58,42 @@ class _Started:
 
 
 class _Patience:
-    """How many small requests a batch waits for: learned from whether waiting paid.
+    """How many images a batch of small requests waits for: learned from whether waiting paid.
 
-    One more after every batch behind which others already waited; where it waited in vain, four fifths of those who had
-    come, and where that happens again soon, for a while no more; after a pause, one. How many callers there are cannot
-    be seen: most of their requests are still in the transport, which the event loop empties one by one.
+    One more after every batch of no more than twice as many behind which others already waited; where it waited in
+    vain, four fifths of what had come, and where that happens again soon, for a while no more; after a pause, one. How
+    many callers there are cannot be seen: most of their requests are still in the transport, which the event loop
+    empties one by one.
     """
 
     def __init__(self) -> None:
-        self.requests = 1
+        self.images = 1
         self._most, self._failed = _ENOUGH, -math.inf
 
     @property
     def seconds(self) -> float:
         """How long to wait for them. Timers are of whole milliseconds."""
-        return 0.002 + 0.0003 * self.requests
+        return 0.002 + 0.0003 * self.images
 
-    def paid(self) -> None:
+    def paid(self, images: int) -> None:
         """A batch was of so many, and others wait behind it."""
+        if not self.images <= images <= 2 * self.images:  # larger requests fill batches as it is
+            return
         if time.perf_counter() - self._failed > _FORGET_SECONDS:
             self._most = _ENOUGH
-        self.requests = min(self.requests + 1, self._most)
+        self.images = min(self.images + 1, self._most)
 
     def in_vain(self, came: int) -> None:
-        """A batch waited, and so many came."""
+        """A batch waited, and so many images came."""
         now = time.perf_counter()
-        self.requests = max(1, came * 4 // 5)
+        self.images = max(1, came * 4 // 5)
         if now - self._failed < _FORGET_SECONDS:  # once may be a hiccup of the machine
-            self._most = self.requests
+            self._most = self.images
         self._failed = now
 
     def pause(self) -> None:
         """Nobody has come for a while."""
-        self.requests = 1
+        self.images = 1
 
 
 class Batcher:
@@ -113,6 +117,7 @@ class Batcher:
         self._submit = submit or _at_once(encode)
         self._ahead = int(submit is not None)
         self._max_batch = max_batch
+        self._large = max_batch if submit else _LARGE
         self._loop = asyncio.get_running_loop()
         # On the loop: who waits, of how many images, and how many batches the thread has been handed and not ended.
         self._waiting: collections.deque[_Work] = collections.deque()
@@ -121,7 +126,7 @@ class Batcher:
         self._patience = _Patience()
         self._timer: asyncio.TimerHandle | None = None
         self._idle_since = 0.0
-        self._about_to_hand = False
+        self._about_to_look = False
         self._batches: queue.SimpleQueue[list[_Work] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
         self._thread.start()
@@ -131,45 +136,49 @@ class Batcher:
         result: asyncio.Future[Encoded] = self._loop.create_future()
         self._waiting.append(_Work(images, result, time.perf_counter()))
         self._images += len(images)
-        self._look()
+        if not self._about_to_look:  # when the others of this turn of the loop have come, too
+            self._about_to_look = True
+            self._loop.call_soon(self._turn_ends)
         return await result
 
     async def close(self) -> None:
         """Finish what is queued and end the thread."""
         while self._waiting:
-            self._batches.put(self._next())
+            self._hand()
         self._batches.put(None)
         await asyncio.to_thread(self._thread.join)
 
+    def _turn_ends(self) -> None:
+        self._about_to_look = False
+        self._look()
+
     def _look(self) -> None:
-        """Hand over a batch, where there is one to hand over; in a moment, when the others of this turn have come."""
-        if not self._waiting or self._about_to_hand:
-            return
-        full = self._images >= self._max_batch
-        # One more than the thread needs, if it is full: so the thread need not wait for the loop.
-        if self._handed > self._ahead + full:
-            return
-        if not self._handed and self._waiting[0].queued - self._idle_since > _PAUSE_SECONDS:
-            self._patience.pause()
-        if full or len(self._waiting) >= self._patience.requests:
-            self._about_to_hand = True
-            self._loop.call_soon(self._hand)
-        elif not self._handed and self._timer is None:
-            self._timer = self._loop.call_later(self._patience.seconds, self._wait_no_longer)
+        """Hand over what is to be handed over now, or wait for more."""
+        while self._waiting:
+            ripe = self._images >= self._max_batch or len(self._waiting[0].images) >= self._large
+            # One more than the thread needs, if it is ripe: so the thread need not wait for the loop.
+            if self._handed > self._ahead + ripe:
+                return
+            if not self._handed and self._waiting[0].queued - self._idle_since > _PAUSE_SECONDS:
+                self._patience.pause()
+            if not ripe and self._images < self._patience.images:
+                if not self._handed and self._timer is None:
+                    self._timer = self._loop.call_later(self._patience.seconds, self._wait_no_longer)
+                return
+            self._hand()
 
     def _wait_no_longer(self) -> None:
-        self._patience.in_vain(len(self._waiting))
-        self._hand()
+        self._timer = None
+        if not self._about_to_look:  # else one more has come just now
+            self._patience.in_vain(self._images)
+            self._hand()
 
     def _hand(self) -> None:
-        self._about_to_hand = False
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        if self._waiting:
-            self._handed += 1
-            self._batches.put(self._next())
-            self._look()
+        self._handed += 1
+        self._batches.put(self._next())
 
     def _next(self) -> list[_Work]:
         """Work of at most `max_batch` images together, or one larger item."""
@@ -222,22 +231,23 @@ class Batcher:
         return now
 
     def _resolve(self, batch: list[_Work], outcome: _Outcome, started: float, seconds: float) -> None:
+        images = sum(len(work.images) for work in batch)
+        if self._waiting:
+            self._patience.paid(images)
+        self._ended()  # first: the thread has the next batch while this one's replies are made
         if isinstance(outcome, Exception):
             for work in batch:
                 if not work.result.done():
                     work.result.set_exception(outcome)
-        else:
-            codes, finite = outcome
-            start = 0
-            for work in batch:
-                stop = start + len(work.images)
-                if not work.result.done():
-                    work.result.set_result(Encoded(codes[start:stop], finite, started - work.queued, seconds))
-                start = stop
-            self.on_batch(start, seconds)
-            if self._waiting and len(batch) >= self._patience.requests and start < self._max_batch:
-                self._patience.paid()
-        self._ended()
+            return
+        codes, finite = outcome
+        start = 0
+        for work in batch:
+            stop = start + len(work.images)
+            if not work.result.done():
+                work.result.set_result(Encoded(codes[start:stop], finite, started - work.queued, seconds))
+            start = stop
+        self.on_batch(images, seconds)
 
     def _ended(self) -> None:
         """The thread is done with a batch."""

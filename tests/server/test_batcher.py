@@ -2,10 +2,12 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import uvloop
 
 from matvae_server import batcher
 from matvae_server.batcher import Batcher, Encoded
@@ -109,7 +111,7 @@ def test_a_lone_request_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> N
         lone = Batcher(encode, max_batch=64)
         monkeypatch.setattr(lone._loop, "call_later", lambda *_: pytest.fail("it waits by the clock"))
         results = [await lone.encode(labelled(7))]
-        lone._patience.requests = 32
+        lone._patience.images = 32
         clock[0] += 2 * batcher._PAUSE_SECONDS
         results.append(await lone.encode(labelled(8)))
         await lone.close()
@@ -130,16 +132,17 @@ def test_in_a_crowd_a_batch_waits_for_as_many_as_paid_before(
     async def run() -> int:
         one = Batcher(encode, max_batch=64)
         one._idle_since = float("inf")  # just now
-        one._patience.requests = 3
+        one._patience.images = 3
         monkeypatch.setattr(one._loop, "call_later", lambda seconds, then: timers.append(then) or Timer())
         tasks = [asyncio.create_task(one.encode(labelled(value))) for value in range(callers)]
-        await asyncio.sleep(0)
+        for _ in range(2):  # they come, and the turn of the loop ends
+            await asyncio.sleep(0)
         if waits:
             assert not encode.batches
             timers.pop()()
         await asyncio.gather(*tasks)
         await one.close()
-        return one._patience.requests
+        return one._patience.images
 
     class Timer:
         def cancel(self) -> None:
@@ -159,20 +162,59 @@ def test_patience_grows_while_it_pays_and_remembers_for_a_while_that_it_did_not(
 
     def after_many() -> int:
         for _ in range(100):
-            patience.paid()
-        return patience.requests
+            patience.paid(patience.images)
+        return patience.images
 
+    patience.paid(3)
+    assert patience.images == 1  # a request of three waits for no other
     assert after_many() == batcher._ENOUGH
     patience.in_vain(15)
-    assert patience.requests == 12
+    assert patience.images == 12
     assert after_many() == batcher._ENOUGH  # once may be a hiccup
     patience.in_vain(15)
     assert after_many() == 12
     clock[0] += 2 * batcher._FORGET_SECONDS
-    patience.paid()
-    assert patience.requests == 13
+    patience.paid(12)
+    assert patience.images == 13
     patience.pause()
-    assert patience.requests == 1
+    assert patience.images == 1
+
+
+def test_a_batch_that_is_complete_did_not_wait_in_vain() -> None:
+    """Though the time is over before it is handed on: uvloop runs timers that are due before what is called soon."""
+    encode = Recorder()
+    encode.release.set()
+
+    async def run() -> int:
+        one = Batcher(encode, max_batch=64)
+        one._idle_since = float("inf")  # just now
+        one._patience.images = 3
+        tasks = [asyncio.create_task(one.encode(labelled(value))) for value in range(2)]
+        for _ in range(2):  # they come, and the turn of the loop ends
+            await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(one.encode(labelled(2))))
+        asyncio.get_running_loop().call_soon(time.sleep, 2 * one._patience.seconds)
+        await asyncio.gather(*tasks)
+        await one.close()
+        return one._patience.images
+
+    assert uvloop.run(run()) == 3
+    assert encode.batches == [3]
+
+
+def test_an_observer_that_raises_stops_nothing() -> None:
+    encode = Recorder()
+    encode.release.set()
+
+    async def run() -> list[Encoded]:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        one = Batcher(encode, max_batch=64)
+        one.on_batch = lambda *_: {}[0]
+        results = [await one.encode(labelled(value)) for value in (1, 2)]
+        await one.close()
+        return results
+
+    assert values(asyncio.run(run())) == [[1], [2]]
 
 
 @pytest.mark.parametrize("count", [1, 3])
