@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server import images as imaging
@@ -14,6 +18,8 @@ from matvae_server.decoder import Decoder
 from matvae_server.images import ImageError, Limits, PixelBudget, Pixels
 
 _FORGET = 0.98
+
+_Result = TypeVar("_Result")
 
 
 class Pace:
@@ -36,8 +42,9 @@ class Pace:
 class DecodePool:
     """Decodes files and codes in `threads` threads. What nobody waits for any more is not begun.
 
-    Files are the encoder's queue's to bound. Codes have a bound here, for all models together: `max_queue`, or a full
-    request for each thread and one that waits.
+    What is begun goes on, and counts until it is done, whether or not somebody waits. Files are the encoder's queue's
+    to bound. Codes have a bound here, for all models together: `max_queue`, or a full request for each thread and one
+    that waits.
     """
 
     def __init__(self, threads: int, config: ServerConfig) -> None:
@@ -65,14 +72,13 @@ class DecodePool:
             except ImageError as error:
                 return error, time.perf_counter() - started
 
-        loop = asyncio.get_running_loop()
+        def over(seconds: float | None) -> None:
+            self._files_waiting -= 1
+            if seconds is not None:
+                self._files.add(1, seconds)
+
         self._files_waiting += len(files)
-        try:
-            done = await asyncio.gather(*(loop.run_in_executor(self.executor, decode_one, file) for file in files))
-        finally:
-            self._files_waiting -= len(files)
-        for _, seconds in done:
-            self._files.add(1, seconds)
+        done = await asyncio.gather(*(self._submit(functools.partial(decode_one, file), over) for file in files))
         return [result for result, _ in done]
 
     async def decode_codes(self, decoder: Decoder, codes: pb.Codes, seconds_left: float | None) -> Pixels:
@@ -83,12 +89,33 @@ class DecodePool:
             started = time.perf_counter()
             return decoder.decode(codes), time.perf_counter() - started
 
-        loop = asyncio.get_running_loop()
-        with self._admission.admit(codes.count, seconds_left, before=self._files.seconds(self._files_waiting)):
-            images, seconds = await loop.run_in_executor(self.executor, decode)
-        self._codes.add(codes.count, seconds)
+        def over(seconds: float | None) -> None:
+            held.close()
+            if seconds is not None:
+                self._codes.add(codes.count, seconds)
+
+        before = self._files.seconds(self._files_waiting)
+        held = contextlib.ExitStack()
+        held.enter_context(self._admission.admit(codes.count, seconds_left, before=before))
+        images, _ = await self._submit(decode, over)
         return images
 
     def close(self) -> None:
         """End the threads, once what is being decoded is done."""
         self.executor.shutdown(cancel_futures=True)
+
+    def _submit(
+        self, work: Callable[[], tuple[_Result, float]], over: Callable[[float | None], None]
+    ) -> asyncio.Future[tuple[_Result, float]]:
+        """`work` in a thread, which returns its result and its seconds. Cancelling keeps it from being begun, no more.
+
+        `over` is told on the event loop, before whoever waits: the seconds, or None where it failed or was not begun.
+        """
+        loop = asyncio.get_running_loop()
+        future = self.executor.submit(work)
+
+        def tell() -> None:
+            over(None if future.cancelled() or future.exception() else future.result()[1])
+
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(tell))
+        return asyncio.wrap_future(future)
