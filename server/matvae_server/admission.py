@@ -50,11 +50,12 @@ class BatchTime:
 class Admission:
     """Counts the images that are in a queue, and lets in what fits.
 
-    `bound` is how many may be there at a time, `seconds` how long so many take, `max_batch` how many are done together.
-    Not thread-safe: it lives on the event loop.
+    `bound` is how many may be there at a time, `max_batch` how many are done together, `seconds(waiting, images)` how
+    long it takes until those that wait are done and then `images` of one request. Not thread-safe: it lives on the
+    event loop.
     """
 
-    def __init__(self, *, bound: int, max_batch: int, seconds: Callable[[int], float]) -> None:
+    def __init__(self, *, bound: int, max_batch: int, seconds: Callable[[int, int], float]) -> None:
         self.bound = bound
         self.depth = 0
         self.seconds = seconds
@@ -69,7 +70,7 @@ class Admission:
         excess = self.depth + images - self.bound
         if excess > 0 and self.depth:
             raise self._full(f"{images} more are over its bound of {self.bound}", excess)
-        predicted = before + self.seconds(self.depth + images)
+        predicted = before + self.seconds(self.depth, images)
         if seconds_left is not None and predicted > seconds_left:
             raise DeadlineExceededError(
                 f"{self.depth} images wait: the answer is predicted in {1000 * predicted:.0f} ms, the deadline is in "
@@ -87,7 +88,7 @@ class Admission:
         return ResourceExhaustedError(
             f"the queue is full: {self.depth} images wait, {why}",
             # Up to twice as long: who was refused together should not come back together.
-            retry_after=random.uniform(1, 2) * self.seconds(excess),
+            retry_after=random.uniform(1, 2) * self.seconds(0, excess),
         )
 
 

@@ -23,7 +23,7 @@ _Result = TypeVar("_Result")
 
 
 class Pace:
-    """How long a pool of `threads` takes, where each image is one thread's work: as long as for the latest."""
+    """How long a pool of `threads` takes, where each image takes one of them as long as the latest did."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -34,9 +34,9 @@ class Pace:
         self._seconds = _FORGET * self._seconds + seconds
         self._weight = _FORGET * self._weight + images
 
-    def seconds(self, images: int) -> float:
-        """For so many; 0 before the first."""
-        return images * self._seconds / self._weight / self._threads if self._weight else 0.0
+    def seconds(self, waiting: int, images: int) -> float:
+        """Until one thread has done so many, behind those that wait for all threads; 0 before the first."""
+        return (waiting / self._threads + images) * self._seconds / self._weight if self._weight else 0.0
 
 
 class DecodePool:
@@ -49,6 +49,7 @@ class DecodePool:
 
     def __init__(self, threads: int, config: ServerConfig) -> None:
         self.executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._threads = threads
         self._files, self._files_waiting = Pace(threads), 0
         self._codes = Pace(threads)
         full = config.limits.max_images_per_request
@@ -57,7 +58,8 @@ class DecodePool:
 
     def predict(self, files: int) -> float:
         """Seconds until so many files more would be decoded."""
-        return self._files.seconds(self._files_waiting + files) + self._codes.seconds(self._admission.depth)
+        one_thread = -(-files // self._threads)  # each file goes to whichever is free, those of a request too
+        return self._files.seconds(self._files_waiting, one_thread) + self._codes.seconds(self._admission.depth, 0)
 
     async def decode(
         self, files: list[bytes], image_shape: tuple[int, int, int], limits: Limits
@@ -94,7 +96,7 @@ class DecodePool:
             if seconds is not None:
                 self._codes.add(codes.count, seconds)
 
-        before = self._files.seconds(self._files_waiting)
+        before = self._files.seconds(self._files_waiting, 0)
         held = contextlib.ExitStack()
         held.enter_context(self._admission.admit(codes.count, seconds_left, before=before))
         images, _ = await self._submit(decode, over)

@@ -33,7 +33,11 @@ def linear(images: int) -> tuple[int, float]:
 
 def admission(bound: int = 100, max_batch: int = 10) -> Admission:
     batch_time = BatchTime([linear(1), linear(max_batch)])
-    return Admission(bound=bound, max_batch=max_batch, seconds=lambda images: batch_time.seconds(images, max_batch))
+
+    def seconds(waiting: int, images: int) -> float:
+        return batch_time.seconds(waiting + images, max_batch)
+
+    return Admission(bound=bound, max_batch=max_batch, seconds=seconds)
 
 
 def test_batch_time_is_a_line_through_what_was_measured() -> None:
@@ -71,7 +75,7 @@ def test_the_queue_counts_images_and_refuses_beyond_its_bound() -> None:
         held.enter_context(queue.admit(40, None))
         with pytest.raises(ResourceExhaustedError, match="100 images wait") as refused, queue.admit(20, None):
             pass
-        once = 1000 * queue.seconds(20)
+        once = 1000 * queue.seconds(0, 20)
         assert once <= refused.value.retry_after_ms <= 2 * once + 1
         assert refused.value.trailers() == (("grpc-retry-pushback-ms", str(refused.value.retry_after_ms)),)
     assert queue.depth == 0
@@ -86,7 +90,7 @@ def test_a_queue_refuses_anything_once_it_is_full_to_the_brim() -> None:
         with queue.admit(1, None):
             refused = queue.refusal()
     assert refused is not None
-    once = 1000 * queue.seconds(10)  # a batch
+    once = 1000 * queue.seconds(0, 10)  # a batch
     assert once <= refused.retry_after_ms <= 2 * once + 1
 
 
@@ -98,7 +102,7 @@ def test_one_request_above_the_bound_is_let_in_when_nobody_waits() -> None:
 def test_a_deadline_that_comes_before_the_answer_is_refused_with_the_prediction() -> None:
     queue = admission()
     with queue.admit(50, 1.0):
-        predicted = queue.seconds(60)
+        predicted = queue.seconds(50, 10)
         with queue.admit(10, 1.01 * predicted):
             pass
         with (

@@ -341,6 +341,33 @@ def test_where_nothing_is_said_a_full_request_for_each_thread_is_let_in_and_one_
     asyncio.run(run())
 
 
+def test_what_waits_is_work_of_all_threads_and_a_request_that_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Slow(monkeypatch)  # on the one thread that is not busy, as its clock is for one
+    monkeypatch.setattr(decoding.imaging, "decode", lambda *_: decoder.decode(pb.Codes(count=1)))
+
+    async def run() -> None:
+        with contextlib.closing(DecodePool(4, ServerConfig(max_queue=256))) as pool:
+            busy = threading.Event()
+            for _ in range(3):
+                pool.executor.submit(busy.wait, TIMEOUT)
+            await pool.decode_codes(decoder, pb.Codes(count=10), None)
+            await pool.decode([b""], (1, 1, 1), Limits())
+            pool.executor.submit(busy.wait, TIMEOUT)
+            assert [pool.predict(files) for files in (1, 4, 5)] == pytest.approx([0.1, 0.1, 0.2])
+            waiting = asyncio.create_task(pool.decode_codes(decoder, pb.Codes(count=200), None))
+            await asyncio.sleep(0)  # it is in the queue now
+            with pytest.raises(DeadlineExceededError, match="200 images wait: the answer is predicted in 7000 ms"):
+                await pool.decode_codes(decoder, pb.Codes(count=20), 6.9)
+            assert pool.predict(4) == pytest.approx(5.1)
+            with pytest.raises(ResourceExhaustedError) as refused:
+                await pool.decode_codes(decoder, pb.Codes(count=76), None)
+            assert 2000 <= refused.value.retry_after_ms <= 4001  # 20 too many
+            busy.set()
+            await waiting
+
+    asyncio.run(run())
+
+
 class Held(Slow):
     """Waits, once it has begun, until it may go on."""
 
