@@ -14,6 +14,9 @@ from matvae_server.errors import DeadlineExceededError, ResourceExhaustedError
 _FORGET = 0.98
 """How much a batch weighs once another came: some fifty batches tell how fast the encoder is."""
 
+_UNMEASURED_SECONDS = 0.1
+"""When to come back to a queue of which nothing has been done yet, so that nobody knows how long it takes."""
+
 
 class BatchTime:
     """How long a batch takes, as seconds(n) = fixed + each * n, fitted to the latest batches (least squares).
@@ -51,8 +54,8 @@ class Admission:
     """Counts the images that are in a queue, and lets in what fits.
 
     `bound` is how many may be there at a time, `max_batch` how many are done together, `seconds(waiting, images)` how
-    long it takes until those that wait are done and then `images` of one request. Not thread-safe: it lives on the
-    event loop.
+    long it takes until those that wait are done and then `images` of one request; 0 where that is not known yet. Not
+    thread-safe: it lives on the event loop.
     """
 
     def __init__(self, *, bound: int, max_batch: int, seconds: Callable[[int, int], float]) -> None:
@@ -88,7 +91,7 @@ class Admission:
         return ResourceExhaustedError(
             f"the queue is full: {self.depth} images wait, {why}",
             # Up to twice as long: who was refused together should not come back together.
-            retry_after=random.uniform(1, 2) * self.seconds(0, excess),
+            retry_after=random.uniform(1, 2) * (self.seconds(0, excess) or _UNMEASURED_SECONDS),
         )
 
 

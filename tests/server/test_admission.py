@@ -94,6 +94,17 @@ def test_a_queue_refuses_anything_once_it_is_full_to_the_brim() -> None:
     assert once <= refused.retry_after_ms <= 2 * once + 1
 
 
+def test_who_is_refused_before_anything_was_measured_does_not_come_back_at_once() -> None:
+    queue = Admission(bound=100, max_batch=10, seconds=lambda *_: 0.0)
+    with queue.admit(100, None):
+        with pytest.raises(ResourceExhaustedError) as refused:
+            queue.admit(1, 0.0)
+        assert 100 <= refused.value.retry_after_ms <= 201
+        full = queue.refusal()
+    assert full is not None
+    assert 100 <= full.retry_after_ms <= 201
+
+
 def test_one_request_above_the_bound_is_let_in_when_nobody_waits() -> None:
     with admission(bound=10).admit(11, None):
         pass
