@@ -43,8 +43,8 @@ class DecodePool:
     """Decodes files and codes in `threads` threads. What nobody waits for any more is not begun.
 
     What is begun goes on, and counts until it is done, whether or not somebody waits. Files are the encoder's queue's
-    to bound. Codes have a bound here, for all models together: `max_queue`, or a full request for each thread and one
-    that waits.
+    to bound. Codes have a bound here, which `admission` holds them to, for all models together: `max_queue`, or a full
+    request for each thread and one that waits.
     """
 
     def __init__(self, threads: int, config: ServerConfig) -> None:
@@ -54,12 +54,12 @@ class DecodePool:
         self._codes = Pace(threads)
         full = config.limits.max_images_per_request
         bound = config.max_queue or (threads + 1) * full
-        self._admission = Admission(bound=bound, max_batch=full, seconds=self._codes.seconds)
+        self.admission = Admission(bound=bound, max_batch=full, seconds=self._codes.seconds, kind="codes")
 
     def predict(self, files: int) -> float:
         """Seconds until so many files more would be decoded."""
         one_thread = -(-files // self._threads)  # each file goes to whichever is free, those of a request too
-        return self._files.seconds(self._files_waiting, one_thread) + self._codes.seconds(self._admission.depth, 0)
+        return self._files.seconds(self._files_waiting, one_thread) + self._codes.seconds(self.admission.depth, 0)
 
     async def decode(
         self, files: list[bytes], image_shape: tuple[int, int, int], limits: Limits
@@ -98,7 +98,7 @@ class DecodePool:
 
         before = self._files.seconds(self._files_waiting, 0)
         held = contextlib.ExitStack()
-        held.enter_context(self._admission.admit(codes.count, seconds_left, before=before))
+        held.enter_context(self.admission.admit(codes.count, seconds_left, before=before))
         images, _ = await self._submit(decode, over)
         return images
 

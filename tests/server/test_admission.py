@@ -132,7 +132,7 @@ def test_a_deadline_that_comes_before_the_answer_is_refused_with_the_prediction(
 class Gated:
     """A server with queues of 256 images, batches of one, one thread that decodes, and a gate that all work waits at.
 
-    `method`, Embed or Decode, is what is called.
+    `method`, Embed or Decode, is what is called; `kind` is what its queue is said to hold.
     """
 
     def __init__(
@@ -143,6 +143,7 @@ class Gated:
         self.fingerprint = self.stub.GetModel(pb.GetModelRequest(), timeout=60).card.fingerprint
         self.call: Any = getattr(self.stub, method)
         self.request: Callable[[int], object] = {"Embed": request, "Decode": self.codes}[method]
+        self.kind = {"Embed": "images", "Decode": "codes"}[method]
 
     def codes(self, count: int) -> pb.DecodeRequest:
         fields = {"dimensions": 2, "precision": pb.PRECISION_FLOAT32, "fingerprint": self.fingerprint}
@@ -166,7 +167,7 @@ class Gated:
 
     def wait_for_depth(self, depth: int) -> None:
         """A request as large as the queue is refused while anything waits, and told how much."""
-        while f"the queue is full: {depth} images wait" not in (self.refusal(256).details() or ""):
+        while f"the queue is full: {depth} {self.kind} wait" not in (self.refusal(256).details() or ""):
             pass
 
     def counted(self) -> list[str]:
@@ -234,7 +235,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_before_any_compute(gated: Gate
     gated.wait_for_a_batch()
     refused = gated.refusal(100, timeout=60)
     assert refused.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert "1 images wait: the answer is predicted in 101000 ms" in refused.details()
+    assert f"1 {gated.kind} wait: the answer is predicted in 101000 ms" in refused.details()
     assert not held.done()
 
 
@@ -262,7 +263,8 @@ def test_files_and_codes_that_wait_for_one_pool_are_predicted_together(gated: Ga
     with pytest.raises(grpc.RpcError, match="predicted in 102000 ms"):  # its decoding and its encoding
         gated.stub.Embed(file, timeout=60)
     waits = gated.stub.Embed.future(file, timeout=300)
-    while "100 images wait: the answer is predicted in 111000 ms" not in gated.refusal(10, timeout=60).details():
+    assert {"matvae_decode_queue_codes 100.0", "matvae_decode_queue_bound_codes 256.0"} <= set(gated.counted())
+    while "100 codes wait: the answer is predicted in 111000 ms" not in gated.refusal(10, timeout=60).details():
         pass
     assert not held.done()
     assert not waits.done()

@@ -332,7 +332,7 @@ def test_where_nothing_is_said_a_full_request_for_each_thread_is_let_in_and_one_
                 pool.executor.submit(busy.wait)
             waiting = [asyncio.create_task(pool.decode_codes(decoder, full, None)) for _ in range(3)]
             await asyncio.sleep(0)  # they are in the queue now
-            with pytest.raises(ResourceExhaustedError, match="768 images wait"):
+            with pytest.raises(ResourceExhaustedError, match="768 codes wait"):
                 await pool.decode_codes(decoder, pb.Codes(count=1), None)
             busy.set()
             assert [len(images) for images in await asyncio.gather(*waiting)] == [256] * 3
@@ -356,7 +356,7 @@ def test_what_waits_is_work_of_all_threads_and_a_request_that_of_one(monkeypatch
             assert [pool.predict(files) for files in (1, 4, 5)] == pytest.approx([0.1, 0.1, 0.2])
             waiting = asyncio.create_task(pool.decode_codes(decoder, pb.Codes(count=200), None))
             await asyncio.sleep(0)  # it is in the queue now
-            with pytest.raises(DeadlineExceededError, match="200 images wait: the answer is predicted in 7000 ms"):
+            with pytest.raises(DeadlineExceededError, match="200 codes wait: the answer is predicted in 7000 ms"):
                 await pool.decode_codes(decoder, pb.Codes(count=20), 6.9)
             assert pool.predict(4) == pytest.approx(5.1)
             with pytest.raises(ResourceExhaustedError) as refused:
@@ -396,11 +396,11 @@ def test_codes_whose_decoding_has_begun_count_until_it_is_done_though_their_call
                 asyncio.CancelledError
             ] * 2
             await turns()
-            with pytest.raises(ResourceExhaustedError, match="10 images wait"):  # those that were not begun are dropped
+            with pytest.raises(ResourceExhaustedError, match="10 codes wait"):  # those that were not begun are dropped
                 await pool.decode_codes(decoder, pb.Codes(count=250), None)
             decoder.may_go_on.set()
             await asyncio.wrap_future(pool.executor.submit(int))
-            with pytest.raises(DeadlineExceededError, match="0 images wait: the answer is predicted in 1000 ms"):
+            with pytest.raises(DeadlineExceededError, match="0 codes wait: the answer is predicted in 1000 ms"):
                 await pool.decode_codes(decoder, ten, 0.5)
 
     asyncio.run(run())
