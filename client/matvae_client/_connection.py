@@ -29,7 +29,7 @@ _SERVICE_CONFIG = json.dumps(
                     "initialBackoff": "0.1s",
                     "maxBackoff": "2s",
                     "backoffMultiplier": 2,
-                    # CANCELLED is how gRPC itself, in a server, drops calls that it cannot take up.
+                    # CANCELLED is how gRPC itself drops calls, in a server that is stopping, or has too many calls.
                     "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
                 },
             }

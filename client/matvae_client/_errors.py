@@ -79,7 +79,7 @@ class FingerprintMismatchError(MatvaeError):
 
 
 class OverloadedError(MatvaeError):
-    """The server refuses or drops work because it has too much; `retry_after` is in seconds, None if it did not say."""
+    """The server refuses or drops calls: it has too many, or is stopping. `retry_after`: seconds, None if not said."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -179,7 +179,7 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float) -> MatvaeE
         if text == _CHANNEL_CLOSED:
             return UnavailableError(f"the call to {target} ended because this client was closed")
         return OverloadedError(
-            f"{target} dropped the call, as a server with too many of them does: try again later ({text})"
+            f"{target} dropped the call: it is stopping, or has too many calls; try again later ({text})"
         )
     if status is grpc.StatusCode.UNAUTHENTICATED:
         return UnauthenticatedError(

@@ -1,7 +1,7 @@
-"""A bounded queue, of an encoder or of decoders, counted in images: what comes in, what is refused, when to come back.
+"""A bounded queue, of an encoder or of decoders: what comes in, what is refused, and when to come back.
 
-A call is refused before any compute is spent on it: where the queue is full, with the time until there is room; where
-its deadline comes before its turn, with the prediction. Predictions rest on measured batches.
+It counts images, or codes. A call is refused before any compute is spent on it: where the queue is full, with the time
+until there is room; where its deadline comes before its turn, with the prediction. Predictions rest on measured work.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from matvae_server.errors import DeadlineExceededError, ResourceExhaustedError
 
 _FORGET = 0.98
 """How much a batch weighs once another came: some fifty batches tell how fast the encoder is."""
+
+_UNMEASURED_SECONDS = 0.1
+"""When to come back to a queue of which nothing has been done yet, so that nobody knows how long it takes."""
 
 
 class BatchTime:
@@ -48,17 +51,20 @@ class BatchTime:
 
 
 class Admission:
-    """Counts the images that are in a queue, and lets in what fits.
+    """Counts the images, or the `kind` that it is told, that are in a queue, and lets in what fits.
 
-    `bound` is how many may be there at a time, `seconds` how long so many take, `max_batch` how many are done together.
-    Not thread-safe: it lives on the event loop.
+    `bound` is how many may be there at a time, `max_batch` how many are done together, `seconds(waiting, images)` how
+    long it takes until those that wait are done and then `images` of one request; 0 where that is not known yet. Not
+    thread-safe: it lives on the event loop.
     """
 
-    def __init__(self, *, bound: int, max_batch: int, seconds: Callable[[int], float]) -> None:
+    def __init__(
+        self, *, bound: int, max_batch: int, seconds: Callable[[int, int], float], kind: str = "images"
+    ) -> None:
         self.bound = bound
         self.depth = 0
         self.seconds = seconds
-        self._max_batch = max_batch
+        self._max_batch, self._kind = max_batch, kind
 
     def admit(self, images: int, seconds_left: float | None, *, before: float = 0.0) -> Place:
         """A place for so many images, to be held until they are done, or their caller has gone.
@@ -69,11 +75,11 @@ class Admission:
         excess = self.depth + images - self.bound
         if excess > 0 and self.depth:
             raise self._full(f"{images} more are over its bound of {self.bound}", excess)
-        predicted = before + self.seconds(self.depth + images)
+        predicted = before + self.seconds(self.depth, images)
         if seconds_left is not None and predicted > seconds_left:
             raise DeadlineExceededError(
-                f"{self.depth} images wait: the answer is predicted in {1000 * predicted:.0f} ms, the deadline is in "
-                f"{1000 * max(0.0, seconds_left):.0f} ms; nothing was computed"
+                f"{self.depth} {self._kind} wait: the answer is predicted in {1000 * predicted:.0f} ms, "
+                f"the deadline is in {1000 * max(0.0, seconds_left):.0f} ms; nothing was computed"
             )
         return Place(self, images)
 
@@ -85,9 +91,9 @@ class Admission:
 
     def _full(self, why: str, excess: int) -> ResourceExhaustedError:
         return ResourceExhaustedError(
-            f"the queue is full: {self.depth} images wait, {why}",
+            f"the queue is full: {self.depth} {self._kind} wait, {why}",
             # Up to twice as long: who was refused together should not come back together.
-            retry_after=random.uniform(1, 2) * self.seconds(excess),
+            retry_after=random.uniform(1, 2) * (self.seconds(0, excess) or _UNMEASURED_SECONDS),
         )
 
 

@@ -13,9 +13,9 @@ import grpc
 from matvae_server.errors import InternalError, ServiceError
 
 OnPart: TypeAlias = "Callable[[Call, grpc.StatusCode], None]"
-"""Told of every message of a stream when it is answered, or will not be: with the status that it would have as a call.
+"""Told of every message of a stream that was begun, when it is answered, or will not be.
 
-Must not raise.
+With the status that it would have as a call. Must not raise.
 """
 
 

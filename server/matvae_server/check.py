@@ -62,10 +62,10 @@ def _port_note(config: ServerConfig, flag: str) -> str | None:
 def _describe(config: ServerConfig, model: Model) -> list[str]:
     """The model; how fast it is; how much may wait for it."""
     queue = model.admission
-    full = queue.seconds(config.max_batch)
+    full = queue.seconds(0, config.max_batch)
     return [
         model.line,
         f"  {config.encoder_threads} thread{'' if config.encoder_threads == 1 else 's'}, batches of up to "
         f"{config.max_batch} in {1000 * full:.1f} ms ({config.max_batch / full:,.0f} images/s), a lone image in "
-        f"{1000 * queue.seconds(1):.2f} ms; queue of {queue.bound} images",
+        f"{1000 * queue.seconds(0, 1):.2f} ms; queue of {queue.bound} images",
     ]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server import images as imaging
@@ -15,9 +19,11 @@ from matvae_server.images import ImageError, Limits, PixelBudget, Pixels
 
 _FORGET = 0.98
 
+_Result = TypeVar("_Result")
+
 
 class Pace:
-    """How long a pool of `threads` takes, where each image is one thread's work: as long as for the latest."""
+    """How long a pool of `threads` takes, where each image takes one of them as long as the latest did."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -28,29 +34,32 @@ class Pace:
         self._seconds = _FORGET * self._seconds + seconds
         self._weight = _FORGET * self._weight + images
 
-    def seconds(self, images: int) -> float:
-        """For so many; 0 before the first."""
-        return images * self._seconds / self._weight / self._threads if self._weight else 0.0
+    def seconds(self, waiting: int, images: int) -> float:
+        """Until one thread has done so many, behind those that wait for all threads; 0 before the first."""
+        return (waiting / self._threads + images) * self._seconds / self._weight if self._weight else 0.0
 
 
 class DecodePool:
     """Decodes files and codes in `threads` threads. What nobody waits for any more is not begun.
 
-    Files are the encoder's queue's to bound. Codes have a bound here, for all models together: `max_queue`, or a full
+    What is begun goes on, and counts until it is done, whether or not somebody waits. Files are the encoder's queue's
+    to bound. Codes have a bound here, which `admission` holds them to, for all models together: `max_queue`, or a full
     request for each thread and one that waits.
     """
 
     def __init__(self, threads: int, config: ServerConfig) -> None:
         self.executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._threads = threads
         self._files, self._files_waiting = Pace(threads), 0
         self._codes = Pace(threads)
         full = config.limits.max_images_per_request
         bound = config.max_queue or (threads + 1) * full
-        self._admission = Admission(bound=bound, max_batch=full, seconds=self._codes.seconds)
+        self.admission = Admission(bound=bound, max_batch=full, seconds=self._codes.seconds, kind="codes")
 
     def predict(self, files: int) -> float:
         """Seconds until so many files more would be decoded."""
-        return self._files.seconds(self._files_waiting + files) + self._codes.seconds(self._admission.depth)
+        one_thread = -(-files // self._threads)  # each file goes to whichever is free, those of a request too
+        return self._files.seconds(self._files_waiting, one_thread) + self._codes.seconds(self.admission.depth, 0)
 
     async def decode(
         self, files: list[bytes], image_shape: tuple[int, int, int], limits: Limits
@@ -65,14 +74,13 @@ class DecodePool:
             except ImageError as error:
                 return error, time.perf_counter() - started
 
-        loop = asyncio.get_running_loop()
+        def over(seconds: float | None) -> None:
+            self._files_waiting -= 1
+            if seconds is not None:
+                self._files.add(1, seconds)
+
         self._files_waiting += len(files)
-        try:
-            done = await asyncio.gather(*(loop.run_in_executor(self.executor, decode_one, file) for file in files))
-        finally:
-            self._files_waiting -= len(files)
-        for _, seconds in done:
-            self._files.add(1, seconds)
+        done = await asyncio.gather(*(self._submit(functools.partial(decode_one, file), over) for file in files))
         return [result for result, _ in done]
 
     async def decode_codes(self, decoder: Decoder, codes: pb.Codes, seconds_left: float | None) -> Pixels:
@@ -83,12 +91,33 @@ class DecodePool:
             started = time.perf_counter()
             return decoder.decode(codes), time.perf_counter() - started
 
-        loop = asyncio.get_running_loop()
-        with self._admission.admit(codes.count, seconds_left, before=self._files.seconds(self._files_waiting)):
-            images, seconds = await loop.run_in_executor(self.executor, decode)
-        self._codes.add(codes.count, seconds)
+        def over(seconds: float | None) -> None:
+            held.close()
+            if seconds is not None:
+                self._codes.add(codes.count, seconds)
+
+        before = self._files.seconds(self._files_waiting, 0)
+        held = contextlib.ExitStack()
+        held.enter_context(self.admission.admit(codes.count, seconds_left, before=before))
+        images, _ = await self._submit(decode, over)
         return images
 
     def close(self) -> None:
         """End the threads, once what is being decoded is done."""
         self.executor.shutdown(cancel_futures=True)
+
+    def _submit(
+        self, work: Callable[[], tuple[_Result, float]], over: Callable[[float | None], None]
+    ) -> asyncio.Future[tuple[_Result, float]]:
+        """`work` in a thread, which returns its result and its seconds. Cancelling keeps it from being begun, no more.
+
+        `over` is told on the event loop, before whoever waits: the seconds, or None where it failed or was not begun.
+        """
+        loop = asyncio.get_running_loop()
+        future = self.executor.submit(work)
+
+        def tell() -> None:
+            over(None if future.cancelled() or future.exception() else future.result()[1])
+
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(tell))
+        return asyncio.wrap_future(future)

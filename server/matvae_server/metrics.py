@@ -20,6 +20,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
 from matvae.v1 import embedding_pb2 as pb
+from matvae_server.admission import Admission
 from matvae_server.call import Call
 from matvae_server.config import ServerConfig, bracketed
 from matvae_server.models import Model
@@ -34,6 +35,8 @@ _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client as it is im
 _PUBLISH_SECONDS = 1.0
 _QUEUE = "matvae_queue_images", "Images that are in the queue or being encoded."
 _BOUND = "matvae_queue_bound_images", "Images that the queue holds; calls beyond it are refused."
+_DECODING = "matvae_decode_queue_codes", "Codes that wait for the decoders or are being decoded."
+_DECODING_BOUND = "matvae_decode_queue_bound_codes", "Codes that this queue holds; calls beyond it are refused."
 _MODEL = "matvae_model", "The models that answer."
 
 
@@ -44,14 +47,16 @@ class MetricsError(RuntimeError):
 class Metrics:
     """The numbers of one process. Everything but `collect` runs on the event loop; none of it raises.
 
-    `live`, which may be replaced, gives the models that answer. `shared` is for a worker: what a scrape would ask it
-    for (queue and models) it publishes by itself, see `keep_published`.
+    `live` and `decoding`, which may be replaced, give the models that answer and the queue of what is to be decoded.
+    `shared` is for a worker: what a scrape would ask it for (queues and models) it publishes by itself, see
+    `keep_published`.
     """
 
     def __init__(self, *, shared: bool = False) -> None:
         # Else each has a second series, of when it began.
         prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.live: Callable[[], Sequence[Model]] = list
+        self.decoding: Admission | None = None
         self.registry = registry = prometheus.CollectorRegistry()
         by_model = ("model",)
         self._requests = prometheus.Counter(
@@ -149,7 +154,7 @@ class Metrics:
     def publish(self) -> None:
         """Write what a scrape asks for to where the parent reads it; nothing in a server of one process."""
         if self._published:
-            self._published.set(self.live())
+            self._published.set(self.live(), self.decoding)
 
     async def keep_published(self) -> None:
         """Publish every second: a queue that stands still is to be seen, and then no call ends that could tell."""
@@ -165,7 +170,7 @@ class Metrics:
 
 
 class _AtScrape(Collector):
-    """Queue and models of a server of one process, read when they are asked for, on the HTTP server's thread."""
+    """Queues and models of a server of one process, read when they are asked for, on the HTTP server's thread."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -182,27 +187,35 @@ class _AtScrape(Collector):
         for labels in _identities(live):
             info.add_metric(labels, {})
         yield from (queue, bound, info)
+        if decoding := self._metrics.decoding:
+            yield GaugeMetricFamily(*_DECODING, value=decoding.depth)
+            yield GaugeMetricFamily(*_DECODING_BOUND, value=decoding.bound)
 
 
 class _Published:
-    """Queue and models of a worker. The parent adds up the queues of the workers that live."""
+    """Queues and models of a worker. The parent adds up the queues of the workers that live."""
 
     def __init__(self, registry: prometheus.CollectorRegistry) -> None:
         self._queue = prometheus.Gauge(*_QUEUE, ("model",), registry=registry, multiprocess_mode="livesum")
         self._bound = prometheus.Gauge(*_BOUND, ("model",), registry=registry, multiprocess_mode="livesum")
+        self._decoding = prometheus.Gauge(*_DECODING, registry=registry, multiprocess_mode="livesum")
+        self._decoding_bound = prometheus.Gauge(*_DECODING_BOUND, registry=registry, multiprocess_mode="livesum")
         name, text = _MODEL
         labels = ("model", "fingerprint", "runtime")
         self._info = prometheus.Gauge(f"{name}_info", text, labels, registry=registry, multiprocess_mode="livemax")
         self._names: set[str] = set()
         self._seen: set[tuple[str, str, str]] = set()
 
-    def set(self, live: Sequence[Model]) -> None:
+    def set(self, live: Sequence[Model], decoding: Admission | None) -> None:
         queues, identities = _queues(live), _identities(live)
         self._names |= queues.keys()
         for name in self._names:  # what was published cannot be taken back, so what is gone becomes 0
             images, most = queues.get(name, (0, 0))
             self._queue.labels(name).set(images)
             self._bound.labels(name).set(most)
+        if decoding:
+            self._decoding.set(decoding.depth)
+            self._decoding_bound.set(decoding.bound)
         self._seen |= identities
         for labels in self._seen:
             self._info.labels(*labels).set(labels in identities)

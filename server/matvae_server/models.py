@@ -202,7 +202,7 @@ async def _warm(config: ServerConfig, bundle: Bundle, encoder: Encoder, on_batch
     admission = Admission(
         bound=_bound(config, batch_time),
         max_batch=config.max_batch,
-        seconds=lambda images: batch_time.seconds(images, config.max_batch),
+        seconds=lambda waiting, images: batch_time.seconds(waiting + images, config.max_batch),
     )
     description = pb.GetModelResponse(
         card=bundle.card.to_proto(),

@@ -64,7 +64,7 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
             raise StartupError(str(error)) from None
         models.replace(fresh)
         if metrics:
-            metrics.live = models.live
+            metrics.live, metrics.decoding = models.live, decoders.admission
         core = EmbeddingCore(models, limits=config.limits, decoders=decoders, galleries=galleries)
         adapter = GrpcAdapter(core, observers, metrics.observe_part if metrics else None)
         add_to_server(adapter, health_servicer, server)

@@ -144,7 +144,7 @@ def test_a_certificate_for_the_tls_cell(tmp_path: Path) -> None:
 def test_soak(monkeypatch) -> None:
     monkeypatch.setattr(soak, "SAMPLE_SECONDS", 0.2)
     monkeypatch.setattr(soak, "_PROBES", (40,))
-    results = soak.run(soak.Settings(minutes=0.03, probe_seconds=0.3, deadline=60))
+    results = soak.run(soak.Settings(minutes=0.05, probe_seconds=0.3, deadline=60))
     kinds = results["by_request"]
     assert sum(kind["requests"] for kind in kinds.values()) == results["summary"]["requests"] > 0
     assert sum(results["summary"]["statuses"].values()) == results["summary"]["requests"]
@@ -153,6 +153,7 @@ def test_soak(monkeypatch) -> None:
     right = {request.name: {code.name for code in request.expected} for request in payloads.mixed()}
     for name, kind in kinds.items():  # a machine that has other things to do may make the server refuse some
         assert set(kind["statuses"]) <= right[name] | {"RESOURCE_EXHAUSTED"}, kinds
+        assert "OK" in kind["statuses"] or "OK" not in right[name] or not kind["requests"], kinds
     assert results["growth"] > 0.5
     assert results["resident_bytes"]["at_the_end"] > 2**20
     assert len(soak.tables(results)) == 3

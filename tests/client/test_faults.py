@@ -398,7 +398,7 @@ def test_calls_that_grpc_in_the_server_drops_are_an_overload(
     assert _first_pixels(faulty_client.embed(faulty.images(9))) == list(range(9))
     assert len(faulty.requests) == 3 + 3 + 20
     drops = iter(range(1000))
-    with pytest.raises(OverloadedError, match=f"^{faulty.address} dropped the call") as caught:
+    with pytest.raises(OverloadedError, match="dropped the call: it is stopping, or has too many calls") as caught:
         faulty_client.embed(faulty.images(1))
     assert caught.value.retry_after is None
 

@@ -43,7 +43,7 @@ def main(gate: Path) -> int:
     server.FLUSH_SECONDS = 0.2
     if each := os.environ.get("SECONDS_PER_IMAGE"):
         admission.BatchTime.seconds = lambda _, images, __: images * float(each)  # type: ignore[method-assign]
-        decoding.Pace.seconds = lambda _, images: images * float(each)  # type: ignore[method-assign]
+        decoding.Pace.seconds = lambda _, waiting, images: (waiting + images) * float(each)  # type: ignore[method-assign]
     return cli.main(["--port", "0", "--max-batch", "1", "--runtime", "onnxruntime"])
 
 

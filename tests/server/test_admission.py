@@ -33,7 +33,11 @@ def linear(images: int) -> tuple[int, float]:
 
 def admission(bound: int = 100, max_batch: int = 10) -> Admission:
     batch_time = BatchTime([linear(1), linear(max_batch)])
-    return Admission(bound=bound, max_batch=max_batch, seconds=lambda images: batch_time.seconds(images, max_batch))
+
+    def seconds(waiting: int, images: int) -> float:
+        return batch_time.seconds(waiting + images, max_batch)
+
+    return Admission(bound=bound, max_batch=max_batch, seconds=seconds)
 
 
 def test_batch_time_is_a_line_through_what_was_measured() -> None:
@@ -71,7 +75,7 @@ def test_the_queue_counts_images_and_refuses_beyond_its_bound() -> None:
         held.enter_context(queue.admit(40, None))
         with pytest.raises(ResourceExhaustedError, match="100 images wait") as refused, queue.admit(20, None):
             pass
-        once = 1000 * queue.seconds(20)
+        once = 1000 * queue.seconds(0, 20)
         assert once <= refused.value.retry_after_ms <= 2 * once + 1
         assert refused.value.trailers() == (("grpc-retry-pushback-ms", str(refused.value.retry_after_ms)),)
     assert queue.depth == 0
@@ -86,8 +90,19 @@ def test_a_queue_refuses_anything_once_it_is_full_to_the_brim() -> None:
         with queue.admit(1, None):
             refused = queue.refusal()
     assert refused is not None
-    once = 1000 * queue.seconds(10)  # a batch
+    once = 1000 * queue.seconds(0, 10)  # a batch
     assert once <= refused.retry_after_ms <= 2 * once + 1
+
+
+def test_who_is_refused_before_anything_was_measured_does_not_come_back_at_once() -> None:
+    queue = Admission(bound=100, max_batch=10, seconds=lambda *_: 0.0)
+    with queue.admit(100, None):
+        with pytest.raises(ResourceExhaustedError) as refused:
+            queue.admit(1, 0.0)
+        assert 100 <= refused.value.retry_after_ms <= 201
+        full = queue.refusal()
+    assert full is not None
+    assert 100 <= full.retry_after_ms <= 201
 
 
 def test_one_request_above_the_bound_is_let_in_when_nobody_waits() -> None:
@@ -98,7 +113,7 @@ def test_one_request_above_the_bound_is_let_in_when_nobody_waits() -> None:
 def test_a_deadline_that_comes_before_the_answer_is_refused_with_the_prediction() -> None:
     queue = admission()
     with queue.admit(50, 1.0):
-        predicted = queue.seconds(60)
+        predicted = queue.seconds(50, 10)
         with queue.admit(10, 1.01 * predicted):
             pass
         with (
@@ -117,7 +132,7 @@ def test_a_deadline_that_comes_before_the_answer_is_refused_with_the_prediction(
 class Gated:
     """A server with queues of 256 images, batches of one, one thread that decodes, and a gate that all work waits at.
 
-    `method`, Embed or Decode, is what is called.
+    `method`, Embed or Decode, is what is called; `kind` is what its queue is said to hold.
     """
 
     def __init__(
@@ -128,6 +143,7 @@ class Gated:
         self.fingerprint = self.stub.GetModel(pb.GetModelRequest(), timeout=60).card.fingerprint
         self.call: Any = getattr(self.stub, method)
         self.request: Callable[[int], object] = {"Embed": request, "Decode": self.codes}[method]
+        self.kind = {"Embed": "images", "Decode": "codes"}[method]
 
     def codes(self, count: int) -> pb.DecodeRequest:
         fields = {"dimensions": 2, "precision": pb.PRECISION_FLOAT32, "fingerprint": self.fingerprint}
@@ -151,7 +167,7 @@ class Gated:
 
     def wait_for_depth(self, depth: int) -> None:
         """A request as large as the queue is refused while anything waits, and told how much."""
-        while f"the queue is full: {depth} images wait" not in (self.refusal(256).details() or ""):
+        while f"the queue is full: {depth} {self.kind} wait" not in (self.refusal(256).details() or ""):
             pass
 
     def counted(self) -> list[str]:
@@ -219,7 +235,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_before_any_compute(gated: Gate
     gated.wait_for_a_batch()
     refused = gated.refusal(100, timeout=60)
     assert refused.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert "1 images wait: the answer is predicted in 101000 ms" in refused.details()
+    assert f"1 {gated.kind} wait: the answer is predicted in 101000 ms" in refused.details()
     assert not held.done()
 
 
@@ -247,7 +263,8 @@ def test_files_and_codes_that_wait_for_one_pool_are_predicted_together(gated: Ga
     with pytest.raises(grpc.RpcError, match="predicted in 102000 ms"):  # its decoding and its encoding
         gated.stub.Embed(file, timeout=60)
     waits = gated.stub.Embed.future(file, timeout=300)
-    while "100 images wait: the answer is predicted in 111000 ms" not in gated.refusal(10, timeout=60).details():
+    assert {"matvae_decode_queue_codes 100.0", "matvae_decode_queue_bound_codes 256.0"} <= set(gated.counted())
+    while "100 codes wait: the answer is predicted in 111000 ms" not in gated.refusal(10, timeout=60).details():
         pass
     assert not held.done()
     assert not waits.done()

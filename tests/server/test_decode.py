@@ -332,10 +332,109 @@ def test_where_nothing_is_said_a_full_request_for_each_thread_is_let_in_and_one_
                 pool.executor.submit(busy.wait)
             waiting = [asyncio.create_task(pool.decode_codes(decoder, full, None)) for _ in range(3)]
             await asyncio.sleep(0)  # they are in the queue now
-            with pytest.raises(ResourceExhaustedError, match="768 images wait"):
+            with pytest.raises(ResourceExhaustedError, match="768 codes wait"):
                 await pool.decode_codes(decoder, pb.Codes(count=1), None)
             busy.set()
             assert [len(images) for images in await asyncio.gather(*waiting)] == [256] * 3
             assert len(await pool.decode_codes(decoder, full, None)) == 256
 
     asyncio.run(run())
+
+
+def test_what_waits_is_work_of_all_threads_and_a_request_that_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Slow(monkeypatch)  # on the one thread that is not busy, as its clock is for one
+    monkeypatch.setattr(decoding.imaging, "decode", lambda *_: decoder.decode(pb.Codes(count=1)))
+
+    async def run() -> None:
+        with contextlib.closing(DecodePool(4, ServerConfig(max_queue=256))) as pool:
+            busy = threading.Event()
+            for _ in range(3):
+                pool.executor.submit(busy.wait, TIMEOUT)
+            await pool.decode_codes(decoder, pb.Codes(count=10), None)
+            await pool.decode([b""], (1, 1, 1), Limits())
+            pool.executor.submit(busy.wait, TIMEOUT)
+            assert [pool.predict(files) for files in (1, 4, 5)] == pytest.approx([0.1, 0.1, 0.2])
+            waiting = asyncio.create_task(pool.decode_codes(decoder, pb.Codes(count=200), None))
+            await asyncio.sleep(0)  # it is in the queue now
+            with pytest.raises(DeadlineExceededError, match="200 codes wait: the answer is predicted in 7000 ms"):
+                await pool.decode_codes(decoder, pb.Codes(count=20), 6.9)
+            assert pool.predict(4) == pytest.approx(5.1)
+            with pytest.raises(ResourceExhaustedError) as refused:
+                await pool.decode_codes(decoder, pb.Codes(count=76), None)
+            assert 2000 <= refused.value.retry_after_ms <= 4001  # 20 too many
+            busy.set()
+            await waiting
+
+    asyncio.run(run())
+
+
+class Held(Slow):
+    """Waits, once it has begun, until it may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch)
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def decode(self, codes: pb.Codes) -> np.ndarray:
+        self.begun.set()
+        assert self.may_go_on.wait(TIMEOUT)
+        return super().decode(codes)
+
+
+def test_codes_whose_decoding_has_begun_count_until_it_is_done_though_their_caller_has_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder, ten = Held(monkeypatch), pb.Codes(count=10)
+
+    async def run() -> None:
+        with contextlib.closing(DecodePool(1, ServerConfig(max_queue=256))) as pool:
+            gone = [asyncio.create_task(pool.decode_codes(decoder, ten, 0.5)) for _ in range(2)]
+            assert await asyncio.to_thread(decoder.begun.wait, TIMEOUT)
+            for task in gone:
+                task.cancel()
+            assert [type(end) for end in await asyncio.gather(*gone, return_exceptions=True)] == [
+                asyncio.CancelledError
+            ] * 2
+            await turns()
+            with pytest.raises(ResourceExhaustedError, match="10 codes wait"):  # those that were not begun are dropped
+                await pool.decode_codes(decoder, pb.Codes(count=250), None)
+            decoder.may_go_on.set()
+            await asyncio.wrap_future(pool.executor.submit(int))
+            with pytest.raises(DeadlineExceededError, match="0 codes wait: the answer is predicted in 1000 ms"):
+                await pool.decode_codes(decoder, ten, 0.5)
+
+    asyncio.run(run())
+
+
+def test_files_whose_decoding_has_begun_count_until_it_is_done_though_their_caller_has_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = Held(monkeypatch)
+    monkeypatch.setattr(decoding.imaging, "decode", lambda *_: decoder.decode(pb.Codes(count=1)))
+
+    async def run() -> None:
+        with contextlib.closing(DecodePool(1, ServerConfig())) as pool:
+            decoder.may_go_on.set()
+            await pool.decode([b""], (1, 1, 1), Limits())
+            decoder.may_go_on.clear()
+            decoder.begun.clear()
+            gone = asyncio.create_task(pool.decode([b""] * 3, (1, 1, 1), Limits()))
+            assert await asyncio.to_thread(decoder.begun.wait, TIMEOUT)
+            assert pool.predict(1) == pytest.approx(0.4)
+            gone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+            await turns()
+            assert pool.predict(1) == pytest.approx(0.2)
+            decoder.now += 0.9  # so long is what is at work delayed
+            decoder.may_go_on.set()
+            await asyncio.wrap_future(pool.executor.submit(int))
+            assert pool.predict(1) == pytest.approx((0.98 * 0.1 + 1.0) / 1.98)
+
+    asyncio.run(run())
+
+
+async def turns() -> None:
+    """Let the event loop do what it has been given to do, and what comes of that."""
+    for _ in range(10):
+        await asyncio.sleep(0)

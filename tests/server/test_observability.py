@@ -26,7 +26,7 @@ from matvae_client import Codes, CodesDirectory
 from matvae_server import metrics
 from matvae_server.bundle import Bundle
 from matvae_server.call import Call
-from matvae_server.config import ServerConfig
+from matvae_server.config import ServerConfig, cores
 
 TIMEOUT = 30
 MARK = b"RECOGNISABLE"
@@ -131,6 +131,8 @@ def test_metrics_count_what_was_called(observed: tuple[ServerProcess, pb_grpc.Em
     assert value(samples, "encode_seconds_count", model=name) == batches
     assert value(samples, "queue_images", model=name) == 0
     assert value(samples, "queue_bound_images", model=name) == bound
+    assert value(samples, "decode_queue_codes") == 0
+    assert value(samples, "decode_queue_bound_codes") == 256 * (cores() + 1)
     identity = {"model": name, "fingerprint": model.card.fingerprint, "runtime": model.runtime}
     assert value(samples, "model_info", **identity) == 1
 
@@ -323,6 +325,8 @@ def test_workers_are_counted_in_one_place() -> None:
             assert value(samples, "batch_images_bucket", model="tiny", le="4.0") == 2
             assert value(samples, "queue_images", model="tiny") == 30
             assert value(samples, "queue_bound_images", model="tiny") == 200
+            assert value(samples, "decode_queue_codes") == 32
+            assert value(samples, "decode_queue_bound_codes") == 100
             assert value(samples, "model_info", **identity) == 1
             workers[0].kill()
             workers[0].wait()
@@ -331,6 +335,7 @@ def test_workers_are_counted_in_one_place() -> None:
             assert value(samples, "images_total", outcome="encoded", **slice_) == 7, "what was counted stays"
             assert value(samples, "queue_images", model="tiny") == 20
             assert value(samples, "queue_bound_images", model="tiny") == 100
+            assert value(samples, "decode_queue_codes") == 21
         finally:
             for worker in workers:
                 worker.kill()

@@ -172,7 +172,8 @@ def test_no_more_is_read_ahead_of_a_slow_reader_than_is_worked_on(taken: int) ->
         models.replace(await models.prepare())
         with contextlib.closing(DecodePool(1, ServerConfig())) as decoders:
             core = EmbeddingCore(models, limits=Limits(), decoders=decoders)
-            replies = core.embed_stream(requests(), Call(method="EmbedStream", request_id="test"))
+            call = Call(method="EmbedStream", request_id="test")
+            replies = core.embed_stream(requests(), call)
             for _ in range(taken + 1):
                 await anext(replies)
             # It has read what it may and waits: nothing of the stream's is ready to run.
@@ -182,6 +183,7 @@ def test_no_more_is_read_ahead_of_a_slow_reader_than_is_worked_on(taken: int) ->
                 await asyncio.sleep(0)
             assert read == STREAM_IN_FLIGHT + 1 + taken  # one is in hand, for the next that is taken
             await replies.aclose()
+            assert call.parts == STREAM_IN_FLIGHT + taken  # that one was not begun, so it is not counted
         await models.close()
 
     asyncio.run(run())

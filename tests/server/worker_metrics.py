@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 
+from matvae_server.admission import Admission
 from matvae_server.call import Call
 from matvae_server.metrics import Metrics
 
@@ -20,6 +21,8 @@ def main(images: int, queued: int) -> None:
     )
     metrics = Metrics(shared=True)
     metrics.live = lambda: [model]
+    metrics.decoding = Admission(bound=50, max_batch=1, seconds=lambda *_: 0.0)
+    metrics.decoding.depth = queued + 1
     call = Call(method="Embed", request_id="x", model="tiny", images=images, dimensions=4, precision="int8")
     call.encode_seconds = 0.25
     metrics.observe(call, grpc.StatusCode.OK)
