@@ -172,6 +172,12 @@ def test_load_in_short_holds_the_figures_below_it(repository: Path) -> None:
         assert any((f"{float(a):.{digits}f}", f"{float(b):.{digits}f}") == (mean, spread) for a, b in known), figure
 
 
+def test_the_other_throughput_runs(repository: Path, results: dict[str, Any]) -> None:
+    names = ("throughput-run-1", "throughput-run-2")
+    for row, name in zip(table(repository / "docs" / "load.md", "throughput run"), names, strict=True):
+        assert row[1:] == [spread(goal["values"], 2) for goal in results[name]["goals"]]
+
+
 def test_usearch_beside_flat(repository: Path, results: dict[str, Any]) -> None:
     points = results["retrieval-1m-usearch"]["contenders"]
     flat = next(point["queries_per_second"] for point in points if point["name"] == "flat-128")
@@ -191,7 +197,7 @@ def test_usearch_beside_flat(repository: Path, results: dict[str, Any]) -> None:
 
 def test_every_overload_run_is_told(repository: Path, results: dict[str, Any]) -> None:
     """The runs of the same thing, in each table: none is left out."""
-    names = ["overload-64", "overload-64-run-2"]
+    names = ["overload-64", "overload-64-run-4", "overload-64-run-1", "overload-64-run-2"]
     assert {name for name in results if name.startswith("overload-64")} == set(names)
     page = (repository / "docs" / "load.md").read_text()
     shares, ratios = [], []
