@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import statistics
 
 import pytest
@@ -15,10 +16,11 @@ def packaged():
     return bundle.load(bundle.find(bundle.DEFAULT)).card
 
 
-def variant(card, *, seed=0, prefixes=None, add=0.0, epochs=20, fingerprint):
+def variant(card, *, seed=0, prefixes=None, add=0.0, epochs=20, weights=None, fingerprint):
     """Another run: of another seed, size or recipe, and every accuracy `add` higher."""
     prefixes = prefixes or card.network.prefixes
     config = json.loads(card.provenance["config"]) | {"seed": seed, "epochs": epochs}
+    config["prefix_weights"] = weights or config["prefix_weights"]
     changed = dataclasses.replace(
         card,
         fingerprint=fingerprint * 64,
@@ -54,6 +56,12 @@ def test_seeds_of_one_recipe_have_a_mean_and_a_standard_deviation(packaged):
             assert cell == f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
     cells = row(page, "Matryoshka, epochs 30", "0", "10,000 test", "kNN")
     assert cells == [f"{value(other, 'knn', m):.2f}" for m in packaged.network.prefixes]
+
+
+def test_other_weights_of_the_prefixes_are_another_recipe(packaged):
+    weights = [1.0] * len(packaged.network.prefixes)
+    page = summary.render([variant(packaged, fingerprint="0"), variant(packaged, weights=weights, fingerprint="1")])
+    assert len(re.findall(r"^\| Matryoshka.*MLP head", page, re.MULTILINE)) == 2
 
 
 def test_a_prefix_is_compared_with_a_model_of_that_size(packaged):

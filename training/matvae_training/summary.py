@@ -16,6 +16,7 @@ from typing import Any
 
 from matvae_server import bundle
 from matvae_server.card import Card
+from matvae_training.config import default_prefix_weights
 
 FORMAT = 1
 TITLES = {"knn": "kNN", "logistic": "logistic head", "mlp": "MLP head", "recall@10": "recall@10"}
@@ -51,7 +52,8 @@ class Run:
         config = json.loads(card.provenance.get("config", "{}"))
         config |= config.pop("objective", {})
         seed = config.pop("seed", 0)
-        config.pop("prefix_weights", None)  # they follow from the prefixes
+        if config.get("prefix_weights") == list(default_prefix_weights(card.network.prefixes)):
+            del config["prefix_weights"]  # they follow from the prefixes
         values: dict[str, dict[str, dict[str, float]]] = {}
         for metric in card.metrics:
             values.setdefault(metric.name, {}).setdefault(metric.precision, {})[str(metric.dimensions)] = metric.value
