@@ -177,7 +177,7 @@ def test_no_more_is_read_ahead_of_a_slow_reader_than_is_worked_on(taken: int) ->
             for _ in range(taken + 1):
                 await anext(replies)
             # It has read what it may and waits: nothing of the stream's is ready to run.
-            while models.default.admission.depth:
+            while call.parts < STREAM_IN_FLIGHT + taken:
                 await asyncio.sleep(0.001)
             for _ in range(10):
                 await asyncio.sleep(0)
