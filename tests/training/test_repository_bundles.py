@@ -9,8 +9,8 @@ from matvae.v1 import codec
 from matvae_server import bundle
 from matvae_training import model_card
 
-FLOORS = {"mnist": {2: 0.70, 4: 0.846, 8: 0.941, 16: 0.965, 32: 0.976, 64: 0.978, 128: 0.978}}
-"""MLP accuracy of the bundle that was first committed, less one point."""
+FLOORS = {"mnist": {2: 0.71, 4: 0.903, 8: 0.952, 16: 0.968, 32: 0.977, 64: 0.979, 128: 0.978}}
+"""MLP accuracy of the bundle that is committed, less one point at most."""
 
 
 @pytest.fixture(params=FLOORS)
