@@ -53,7 +53,7 @@ class Run:
         config |= config.pop("objective", {})
         seed = config.pop("seed", 0)
         if config.get("prefix_weights") == list(default_prefix_weights(card.network.prefixes)):
-            del config["prefix_weights"]  # they follow from the prefixes
+            config["prefix_weights"] = "default"  # which differ from size to size
         values: dict[str, dict[str, dict[str, float]]] = {}
         for metric in card.metrics:
             values.setdefault(metric.name, {}).setdefault(metric.precision, {})[str(metric.dimensions)] = metric.value
