@@ -50,6 +50,7 @@ _CHANNEL_OPTIONS = (
     # default (`Limits.min_ping_interval_ms`); where one allows fewer still, gRPC slows down once it is told.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),  # the same, as gRPC calls it today: without it, a minute
     # A connection of its own for each client: a server of several workers shares out connections, not calls.
     ("grpc.use_local_subchannel_pool", 1),
 )

@@ -160,6 +160,12 @@ def _add_process_flags(flags: Flags) -> None:
     add(load, "--max-message-bytes", "bytes that a request may have", type=int, metavar="BYTES")
     add(load, "--drain-seconds", "how long calls may go on after SIGTERM, and a replaced model", type=float)
     add(load, "--max-connection-age", "seconds after which clients connect anew; 0: never", type=float)
+    add(
+        load,
+        "--keepalive-seconds",
+        "after which a quiet peer is asked whether it is there; it has a third of that to answer",
+        type=float,
+    )
 
     security = parser.add_argument_group("security")
     add(security, "--tls-cert", "certificate chain, PEM", type=Path, metavar="FILE")

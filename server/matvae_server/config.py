@@ -12,6 +12,7 @@ from matvae_server import runtimes
 from matvae_server.images import Limits
 
 _LONGEST_SECONDS = 10**6  # gRPC counts milliseconds in 32 bits
+_MOST = 1024  # processes, and threads of one: more than any machine that this is for has cores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class ServerConfig:
     what the encoder does in a fortieth of a second, but two full requests at least, and of codes a full request for
     each core and one more. `workers` are processes that share the port. `metrics_port` and
     `health_port` are plaintext, on `host`; None serves none, 0 takes a free one. `max_connection_age` is in seconds, 0
-    without end.
+    without end. A connection that has been quiet for `keepalive_seconds` is asked whether its peer is there, and closed
+    where no answer comes in a third of that.
     """
 
     host: str = "127.0.0.1"
@@ -60,6 +62,7 @@ class ServerConfig:
     max_queue: int = 0
     drain_seconds: float = 30.0
     max_connection_age: float = 0.0
+    keepalive_seconds: float = 60.0
     min_ping_interval_ms: int = 20_000
     limits: Limits = dataclasses.field(default_factory=Limits)
     galleries: tuple[str, ...] = ()
@@ -81,6 +84,9 @@ class ServerConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("workers", "threads"):
+            if getattr(self, name) > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST:,}, not {getattr(self, name):,}")
         for name, least in (("max_batch", 1), ("workers", 1), ("threads", 0), ("max_queue", 0)):
             if getattr(self, name) < least:
                 chooses = " (choose)" if least == 0 else ""
@@ -93,9 +99,11 @@ class ServerConfig:
                 f"max_queue must hold one full request of {self.limits.max_images_per_request} images, "
                 f"not {self.max_queue}"
             )
-        for name in ("drain_seconds", "max_connection_age"):
-            if not 0 <= getattr(self, name) <= _LONGEST_SECONDS:
-                raise ValueError(f"{name} must be 0 to {_LONGEST_SECONDS:,} seconds, not {getattr(self, name)}")
+        for name, shortest in (("drain_seconds", 0), ("max_connection_age", 0), ("keepalive_seconds", 1)):
+            if not shortest <= getattr(self, name) <= _LONGEST_SECONDS:
+                raise ValueError(
+                    f"{name} must be {shortest} to {_LONGEST_SECONDS:,} seconds, not {getattr(self, name)}"
+                )
         if not self.bundles:
             raise ValueError("bundle: give at least one")
         for entry in self.galleries:

@@ -43,8 +43,10 @@ def options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", int(config.workers > 1)),
         ("grpc.max_receive_message_length", config.limits.max_message_bytes),
         ("grpc.max_send_message_length", -1),
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_time_ms", int(1000 * config.keepalive_seconds)),
+        # The answer's timeout has two names: today's gRPC heeds the second, a minute by default, older ones the first.
+        ("grpc.keepalive_timeout_ms", int(1000 * config.keepalive_seconds / 3)),
+        ("grpc.http2.ping_timeout_ms", int(1000 * config.keepalive_seconds / 3)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", config.min_ping_interval_ms),
     ]

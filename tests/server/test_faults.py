@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
 import signal
 import socket
@@ -26,6 +27,8 @@ from matvae_bench.server_process import ServerProcess
 
 ONE = pb.EmbedRequest(raw=pb.RawImages(pixels=bytes(784), shape=(1, 28, 28, 1)))
 SECONDS = 60
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+PING = 6
 ANSWERED_OR_BLAMED = {
     grpc.StatusCode.OK,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -62,6 +65,15 @@ def connect(server: ServerProcess) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=SECONDS)
 
 
+def frame_types(received: bytes) -> list[int]:
+    """Of each HTTP/2 frame: 24 bits of length, the type, flags, 32 bits of stream (RFC 9113)."""
+    types = []
+    while received:
+        types.append(received[3])
+        received = received[9 + int.from_bytes(received[:3], "big") :]
+    return types
+
+
 def test_a_client_killed_in_mid_call(victim: ServerProcess) -> None:
     """Many large requests are under way when it dies."""
     script = (
@@ -86,7 +98,7 @@ def test_a_thousand_connections_opened_and_dropped(victim: ServerProcess) -> Non
     for number in range(1000):
         with connect(victim) as connection:
             if number % 3 == 1:
-                connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+                connection.sendall(PREFACE)
             elif number % 3 == 2:  # reset rather than close
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     with grpc.insecure_channel(victim.address) as channel:
@@ -100,10 +112,30 @@ def test_half_open_connections_cost_the_others_nothing(victim: ServerProcess) ->
     with ExitStack() as held, grpc.insecure_channel(victim.address) as channel:
         for number in range(50):
             connection = held.enter_context(connect(victim))
-            connection.sendall((b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 6, 4, 0, 0, 0, 0, 0]))[: number + 1])
+            connection.sendall((PREFACE + bytes([0, 0, 6, 4, 0, 0, 0, 0, 0]))[: number + 1])
         stub = pb_grpc.EmbeddingServiceStub(channel)
         for _ in range(20):
             assert stub.Embed(ONE, timeout=SECONDS).codes.count == 1
+
+
+def test_a_peer_that_vanished_is_noticed(start_server: Callable[..., ServerProcess]) -> None:
+    """It shakes hands and is not heard of again, as behind a NAT that forgot it: the kernel alone sees no end."""
+    settings_frame, settings_ack = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), bytes([0, 0, 0, 4, 1, 0, 0, 0, 0])
+    requests: queue.SimpleQueue[pb.EmbedStreamRequest | None] = queue.SimpleQueue()
+    with (
+        start_server("--keepalive-seconds", "1", "--runtime", "onnxruntime") as server,
+        grpc.insecure_channel(server.address) as channel,
+        connect(server) as vanished,
+    ):
+        quiet = pb_grpc.EmbeddingServiceStub(channel).EmbedStream(iter(requests.get, None), timeout=SECONDS)
+        vanished.sendall(PREFACE + settings_frame + settings_ack)
+        received = b""
+        while part := vanished.recv(4096):  # until the server closes it
+            received += part
+        requests.put(pb.EmbedStreamRequest(id=1, request=ONE))
+        assert next(quiet).response.codes.count == 1  # this one said nothing either, but answers pings
+        requests.put(None)
+    assert PING in frame_types(received)
 
 
 def test_a_reader_that_does_not_read(victim: ServerProcess) -> None:
