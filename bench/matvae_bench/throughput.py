@@ -16,8 +16,14 @@ from matvae_bench.errors import BenchmarkError
 from matvae_bench.output import Told, first_line, spread, verdict
 from matvae_bench.server_process import ServerProcess
 
-CELLS = ((1, 1), (1, 16), (1, 64), (1, 256), (64, 1), (64, 8))
-"""(images a request, requests in flight): our server, the echo server."""
+CELLS = ((1, 1, 1), (1, 16, 1), (1, 64, 1), (1, 64, 8), (1, 256, 1), (64, 1, 1), (64, 8, 1))
+"""(images a request, requests in flight, connections): our server, the echo server."""
+
+WORKERS_CELLS = ((64, 8), (1, 64))
+"""(images a request, requests in flight), on CONNECTIONS: one worker, two."""
+
+CONNECTIONS = 8
+"""The kernel shares connections out among workers, not calls."""
 
 CALLERS = 256
 NAMES = ("encoder", "ours", "echo", "workers", "coalescer")
@@ -70,6 +76,20 @@ GOALS = (
         least=0.7,
     ),
     Goal(
+        name="the same on 8 connections",
+        value=lambda cell: (
+            cell("ours 1 x 64 on 8")["requests_per_second"] / cell("echo 1 x 64 on 8")["requests_per_second"]
+        ),
+        least=0.7,
+    ),
+    Goal(
+        name="the same, two workers, of the echo's rate on one connection",
+        value=lambda cell: (
+            cell("two workers 1 x 64")["requests_per_second"] / cell("echo 1 x 64")["requests_per_second"]
+        ),
+        least=0.7,
+    ),
+    Goal(
         name="1 image alone, ms beyond echo and encoder",
         value=lambda cell: (
             cell("ours 1 x 1")["latency_ms"]["mean"]
@@ -80,7 +100,9 @@ GOALS = (
     ),
     Goal(
         name="two workers, 64 images, of one",
-        value=lambda cell: cell("two workers")["images_per_second"] / cell("one worker")["images_per_second"],
+        value=lambda cell: (
+            cell("two workers 64 x 8")["images_per_second"] / cell("one worker 64 x 8")["images_per_second"]
+        ),
         least=1.5,
     ),
     Goal(
@@ -134,14 +156,22 @@ def _cells(settings: Settings, addresses: dict[str, str]) -> dict[str, Callable[
     if "encoder" in settings.only:
         cells["encoder"] = lambda: encoder(settings.threads)
     for server in ("ours", "echo"):
-        for images, in_flight in CELLS if server in settings.only else ():
-            cells[f"{server} {images} x {in_flight}"] = _bind(
-                served, addresses[server], images, in_flight, seconds=settings.seconds, echo_server=server == "echo"
+        for images, in_flight, connections in CELLS if server in settings.only else ():
+            cells[f"{server} {images} x {in_flight}{f' on {connections}' if connections > 1 else ''}"] = _bind(
+                served,
+                addresses[server],
+                images,
+                in_flight,
+                seconds=settings.seconds,
+                connections=connections,
+                echo_server=server == "echo",
             )
     if "workers" in settings.only:
-        # Eight connections: the kernel shares connections out among the workers, not calls.
         for name, server in (("one worker", "ours"), ("two workers", "two")):
-            cells[name] = _bind(served, addresses[server], 64, 8, seconds=settings.seconds, connections=8)
+            for images, in_flight in WORKERS_CELLS:
+                cells[f"{name} {images} x {in_flight}"] = _bind(
+                    served, addresses[server], images, in_flight, seconds=settings.seconds, connections=CONNECTIONS
+                )
     if "coalescer" in settings.only:
         for name, coalesced in (("plain", False), ("coalesced", True)):
             cells[name] = _bind(

@@ -20,7 +20,8 @@ def card(repository: Path) -> dict[str, Any]:
 
 
 def throughput(rate: float) -> dict[str, Any]:
-    cells = ("ours 1 x 64", "ours 64 x 8", "coalesced", "two workers", "echo 1 x 64", "echo 64 x 8")
+    cells = ("ours 1 x 64", "ours 64 x 8", "coalesced", "echo 1 x 64", "echo 64 x 8")
+    cells += ("two workers 64 x 8", "two workers 1 x 64")
     return {
         "date": "2026-01-02",
         "commit": "abc",
@@ -44,7 +45,7 @@ def test_bytes_gigabytes_machines(card: dict[str, Any]) -> None:
 def test_hours_and_spread() -> None:
     _, _, rows = scaling.rates(throughput(1000.0))
     assert rows[0][1:] == ("1,000 ± 0", "277.8")  # 10^9 / 1000 / 3600
-    assert rows[4][1] == "2,000 ± 0"
+    assert rows[5][1] == "2,000 ± 0"
 
 
 def test_workers_and_network(card: dict[str, Any]) -> None:
