@@ -10,13 +10,20 @@ from matvae_server.network import MatVae
 from matvae_training import config as known
 from matvae_training.arguments import objective, parser
 from matvae_training.augment import AUGMENTATIONS, Augmentation
-from matvae_training.config import OBJECTIVES, FitError, ObjectiveConfig
+from matvae_training.config import OBJECTIVES, FitConfig, FitError, ObjectiveConfig
+from matvae_training.data import Split
+from matvae_training.fit import fit
+from matvae_training.neighbours import nearest_images, partners_of
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Batch
-from matvae_training.objectives.consistency import alignment, contrast
+from matvae_training.objectives.consistency import Contrast, alignment
 from matvae_training.pipeline import describe
+from matvae_training.stopping import Stopping
 
 PREFIXES = (2, 4, 8)
+SMALL = NetworkConfig(
+    height=12, width=10, channels=3, conv_channels=(4, 4), hidden=16, decoder_hidden=16, dimensions=8, prefixes=PREFIXES
+)
 
 
 @pytest.fixture(autouse=True)
@@ -84,34 +91,26 @@ def test_alignment_is_one_for_strangers_and_zero_for_twins():
     torch.testing.assert_close(alignment(pair(mean, other))[1], direct)
 
 
-def test_contrast_is_cross_entropy_of_cauchy_similarities():
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_contrast_is_cross_entropy_of_cauchy_similarities(scale):
+    contrast = Contrast(scale=scale)
     mean, other = torch.randn(6, 8), torch.randn(6, 8)
     for index, m in enumerate(PREFIXES):
-        similarity = 1 / (1 + torch.cdist(mean[:, :m], other[:, :m]).square())
+        similarity = 1 / (1 + scale**2 * torch.cdist(mean[:, :m], other[:, :m]).square())
         shares = [similarity.diag() / similarity.sum(side) for side in (0, 1)]
         expected = -sum(share.log().mean() for share in shares) / 2
         torch.testing.assert_close(contrast(pair(mean, other))[index], expected, rtol=1e-4, atol=1e-5)
     far = 1e4 * torch.randn(6, 8)
-    assert contrast(pair(far, far)).max() < 1e-3
+    assert Contrast()(pair(far, far)).max() < 1e-3
 
 
 @pytest.mark.parametrize("name", ["mmd-vae-aligned", "mmd-vae-contrast"])
 def test_two_views_of_the_same_images_are_compared(images, name):
-    network = NetworkConfig(
-        height=12,
-        width=10,
-        channels=3,
-        conv_channels=(4, 4),
-        hidden=16,
-        decoder_hidden=16,
-        dimensions=8,
-        prefixes=PREFIXES,
-    )
     seen = []
     still = dataclasses.replace(
-        build(OBJECTIVES[name], network, 0), augment=lambda given: (seen.append(given), given.clone())[1]
+        build(OBJECTIVES[name], SMALL, 0), augment=lambda given: (seen.append(given), given.clone())[1]
     )
-    parts = still.parts(MatVae(network).eval(), images)
+    parts = still.parts(MatVae(SMALL).eval(), images)
     assert len(seen) == 2
     assert all(given is images for given in seen)
     assert parts.keys() == {"reconstruction", "divergence", "consistency"}
@@ -119,9 +118,58 @@ def test_two_views_of_the_same_images_are_compared(images, name):
         assert parts["consistency"].max() < 1e-9, "equal views agree"
 
 
-def test_consistency_without_views_is_refused():
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_nearest_are_those_by_pixels_and_never_the_image_itself(monkeypatch, channels):
+    monkeypatch.setattr("matvae_training.neighbours._CHUNK", 7)
+    given = torch.randint(0, 256, (40, 4, 3, channels), dtype=torch.uint8)  # of fewer numbers than components
+    distances = torch.cdist(given.flatten(1).double(), given.flatten(1).double()).fill_diagonal_(torch.inf)
+    assert torch.equal(nearest_images(given, 5), distances.topk(5, largest=False).indices)
+    assert nearest_images(given, 100).shape == (40, 39)
+
+
+def test_leading_components_decide_who_is_near():
+    """Two clusters far apart in a direction, within noise in hundreds: each image's nearest are of its cluster."""
+    given = torch.randint(0, 40, (60, 20, 20, 1), dtype=torch.uint8)
+    given[::2, :4] += 200
+    assert ((nearest_images(given, 10) - torch.arange(60)[:, None]) % 2 == 0).all()
+
+
+def test_partners_are_all_of_the_nearest_in_turn(images):
+    nearest, rows = nearest_images(images, 3), torch.tensor([5, 0, 5])
+    seen = [set(), set(), set()]
+    for _ in range(50):
+        for found, partner in zip(seen, partners_of(images, nearest, rows), strict=True):
+            found.add(int((images == partner).flatten(1).all(1).nonzero()))
+    assert seen == [set(nearest[row].tolist()) for row in rows]
+
+
+def test_an_image_is_compared_with_its_partner(images):
+    objective = build(dataclasses.replace(OBJECTIVES["mmd-vae-neighbours"], consistency="alignment"), SMALL, 0)
+    model = MatVae(SMALL).eval()
+    assert objective.parts(model, images, partners=images)["consistency"].max() < 1e-9
+    parts = objective.parts(model, images, partners=images.flip(0))
+    mean, _ = model.encoder.posterior(images)
+    expected = alignment(pair(mean, mean.flip(0)))
+    torch.testing.assert_close(parts["consistency"], expected)
+
+
+def test_images_held_out_stop_a_training_with_neighbours_among_themselves(images):
+    held = Split(images=images[:6], labels=torch.zeros(6, dtype=torch.int64))
+    config = FitConfig(
+        epochs=2, batch_size=8, prefix_weights=(1.0, 1.0, 1.0), objective=OBJECTIVES["mmd-vae-neighbours"]
+    )
+    losses = []
+    for _ in range(2):
+        stopping = Stopping(held, patience=5)
+        fit(images, SMALL, config, lambda _: None, stopping=stopping)
+        losses.append(stopping.loss)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("both", [{}, {"augmentation": "digits", "neighbours": 3}])
+def test_consistency_needs_views_or_neighbours(both):
     with pytest.raises(FitError, match="choose an augmentation"):
-        ObjectiveConfig(consistency="alignment")
+        ObjectiveConfig(consistency="alignment", **both)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +179,8 @@ def test_consistency_without_views_is_refused():
         ("fashion-mnist", ["--consistency", "alignment"], "garments"),
         ("cifar10", ["--objective", "mmd-vae-aligned"], "photos"),
         ("mnist", ["--objective", "mmd-vae-aligned", "--augmentation", "garments"], "garments"),
+        ("mnist", ["--objective", "mmd-vae-neighbours"], "none"),
+        ("mnist", ["--consistency", "contrast", "--neighbours", "5"], "none"),
         ("mnist", [], "none"),
     ],
 )
@@ -145,5 +195,9 @@ def test_the_tier_stands_on_the_card():
     assert text == (
         "Matryoshka MMD-VAE with contrast of two views of mnist: the encoder saw no labels, the heads did; "
         "it saw augmented views (digits)."
+    )
+    assert describe("mnist", network, OBJECTIVES["mmd-vae-neighbours"]) == (
+        "Matryoshka MMD-VAE with contrast of neighbours of mnist: the encoder saw no labels, the heads did; "
+        "it compared each image with the 15 nearest by pixels."
     )
     assert "views" not in describe("mnist", network, OBJECTIVES["mmd-vae"])

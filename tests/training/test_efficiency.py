@@ -50,7 +50,7 @@ def test_terms_of_a_few_prefixes_are_those_of_all(name):
     found = {}
     for chosen in (None, (1, 3)):
         torch.manual_seed(1)
-        found[chosen] = objective(model, images(), labels(), 0.3, chosen)
+        found[chosen] = objective(model, images(), labels(), 0.3, chosen, partners=images().flip(0))
     assert found[1, 3].prefixes == (4, 16)
     for part, value in found[None].parts.items():
         torch.testing.assert_close(found[1, 3].parts[part], value[[1, 3]])
@@ -143,7 +143,7 @@ def captured(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", ["mmd-vae", "capacity-vae"])
+@pytest.mark.parametrize("name", ["mmd-vae", "capacity-vae", "mmd-vae-neighbours"])
 def test_a_compiled_step_is_one_graph_for_all_steps_and_the_same(captured, name):
     network = dataclasses.replace(SMALL, prefixes=(2, 16))
     config = dataclasses.replace(CONFIG, epochs=2, prefix_weights=(1.0, 1.0), objective=OBJECTIVES[name])

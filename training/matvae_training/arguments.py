@@ -41,8 +41,9 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "smoothness": ("weight of its second part", ()),
     "heads": ("linear classifiers of every prefix, trained with the encoder: it then learns from labels", HEADS),
     "heads_weight": ("of their cross-entropy", ()),
-    "consistency": ("of two views of every image", CONSISTENCIES),
+    "consistency": ("of two views of every image, or of an image and a neighbour", CONSISTENCIES),
     "consistency_weight": ("of that", ()),
+    "consistency_scale": ("of a contrast: how near, in 1 / scale, an image's other view is to come", ()),
     "augmentation": ("makes views; where an objective wants one, that which suits the data set", AUGMENTATIONS),
 }
 """Fields of ObjectiveConfig that have an option: what it is, and its choices, where it is not a number."""
@@ -113,9 +114,10 @@ def parser() -> argparse.ArgumentParser:
 def objective(options: argparse.Namespace) -> ObjectiveConfig:
     """The named objective, with what options change of it. Raises FitError."""
     named = OBJECTIVES[options.objective]
-    changes = {name: getattr(options, name) for name in (*_PARTS, "biased") if getattr(options, name) is not None}
+    parts = (*_PARTS, "biased", "neighbours")
+    changes = {name: getattr(options, name) for name in parts if getattr(options, name) is not None}
     consistent = changes.get("consistency", named.consistency) != "none"
-    if consistent:
+    if consistent and not changes.get("neighbours", named.neighbours):
         changes.setdefault("augmentation", SUITABLE.get(options.dataset, "photos"))
     return dataclasses.replace(named, **changes)
 
@@ -234,6 +236,12 @@ def _add_objective(fit: argparse.ArgumentParser) -> None:
             fit.add_argument(flag, choices=choices, help=text)
         else:
             fit.add_argument(flag, type=float, help=text)
+    fit.add_argument(
+        "--neighbours",
+        type=whole(0),
+        metavar="K",
+        help="compare each image with one of the K nearest by pixels, not with another view of it",
+    )
     fit.add_argument("--biased", action="store_true", default=None, help="take the biased estimate of the MMD")
     fit.add_argument(
         "--prefix-weights",

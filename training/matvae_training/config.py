@@ -55,8 +55,9 @@ class ObjectiveConfig:
     """What to minimise, as `objectives.build` reads it; each part is explained in the file of its name there.
 
     reconstruction + divergence_weight * divergence + kl_weight * KL + mutual + heads_weight * heads
-    + consistency_weight * consistency of two views by `augmentation`; the first four are per pixel. `variance` is that
-    of squared-error, `kernel` and `biased` are the MMD's, `capacity` (nats) is the capacity divergence's, `diversity`
+    + consistency_weight * consistency of two views by `augmentation`, or of an image and one of its `neighbours`
+    nearest by pixels; the first four are per pixel. `consistency_scale` is that of a contrast. `variance` is that of
+    squared-error, `kernel` and `biased` are the MMD's, `capacity` (nats) is the capacity divergence's, `diversity`
     and `smoothness` are the mutual divergence's. `sampled` says whether codes are drawn from the posterior while
     training, or are its means.
     """
@@ -76,7 +77,9 @@ class ObjectiveConfig:
     heads_weight: float = 1.0
     consistency: str = "none"
     consistency_weight: float = 1.0
+    consistency_scale: float = 1.0
     augmentation: str = "none"
+    neighbours: int = 0
     sampled: bool = True
 
     def __post_init__(self) -> None:
@@ -94,12 +97,17 @@ class ObjectiveConfig:
                 raise FitError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         for name in ("divergence_weight", "kl_weight", "capacity", "smoothness", "heads_weight", "consistency_weight"):
             _check_number(name, getattr(self, name))
-        for name in ("variance", "diversity"):
+        for name in ("variance", "diversity", "consistency_scale"):
             _check_number(name, getattr(self, name), positive=True)
         if self.reconstruction == self.heads == "none" and self.consistency != "contrast":
             raise FitError("an objective needs a reconstruction, heads or a contrast: codes must tell images apart")
-        if self.consistency != "none" and self.augmentation == "none":
-            raise FitError(f"{self.consistency} compares two views of an image: choose an augmentation that makes them")
+        if self.neighbours < 0:
+            raise FitError(f"neighbours must be at least 0, not {self.neighbours}")
+        if self.consistency != "none" and (self.augmentation == "none") == (self.neighbours == 0):
+            raise FitError(
+                f"{self.consistency} compares two views of an image, or an image and a neighbour: choose an "
+                "augmentation that makes views, or a number of neighbours, and not both"
+            )
 
     @property
     def uses_labels(self) -> bool:
@@ -122,6 +130,7 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
     "multitask": ObjectiveConfig(heads="untied"),
     "mmd-vae-aligned": ObjectiveConfig(consistency="alignment", augmentation="photos"),
     "mmd-vae-contrast": ObjectiveConfig(consistency="contrast", augmentation="photos"),
+    "mmd-vae-neighbours": ObjectiveConfig(consistency="contrast", neighbours=15),
 }
 """The objectives that `--objective` knows. Options beside it change one of their values each."""
 

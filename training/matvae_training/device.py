@@ -41,11 +41,11 @@ def compiled(compute: Callable[..., Terms], device: torch.device) -> Callable[..
     torch._dynamo.reset()
     inner = torch.compile(compute, mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
 
-    def call(*arguments: Any) -> Terms:
+    def call(*arguments: Any, **named: Any) -> Terms:
         if device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         try:
-            return inner(*arguments)
+            return inner(*arguments, **named)
         except torch._dynamo.exc.TorchDynamoException as error:
             why = str(error).strip().partition("\n")[0]
             raise FitError(

@@ -19,6 +19,7 @@ from matvae_server.network import MatVae
 from matvae_training import device
 from matvae_training.checkpoint import Checkpoint
 from matvae_training.config import FitConfig, FitError
+from matvae_training.neighbours import nearest_images, partners_of
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Matryoshka, Network, Terms
 from matvae_training.stopping import Stopping
@@ -112,6 +113,7 @@ def train(
     objective.learned().to(where)
     compute = device.compiled(objective.__call__, where) if config.compile else objective
     images, labels = images.to(where), labels if labels is None else labels.to(where)
+    nearest = nearest_images(images, config.objective.neighbours) if config.objective.neighbours else None
     # A last, smaller batch would make the MMD noisier: left out. The next epoch draws another order.
     per_epoch = len(images) // size
     steps = per_epoch * config.epochs
@@ -138,7 +140,9 @@ def train(
         optimiser.zero_grad()
         # A compiled step takes it as a tensor: each number would be compiled anew.
         progress = torch.full((), (step - 1) / steps, device=where) if config.compile else (step - 1) / steps
-        terms = compute(model, images[rows], None if labels is None else labels[rows], progress, objective.draw())
+        partners = None if nearest is None else partners_of(images, nearest, rows)
+        batch_labels = None if labels is None else labels[rows]
+        terms = compute(model, images[rows], batch_labels, progress, objective.draw(), partners=partners)
         if where.type == "cpu" or ends or step % device.LOOK_EVERY == 0:
             _check_finite(terms, step, checkpoint)
         terms.loss.backward()  # type: ignore[no-untyped-call]

@@ -232,17 +232,27 @@ def _write(model: Servable, data: _Prepared, out: Path, description: str, known:
 def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -> str:
     """One sentence for the card: what was trained on what, and who saw labels or several views of an image."""
     parts = " + ".join(part for part in (objective.reconstruction, objective.divergence) if part != "none")
-    plain = dataclasses.replace(objective, consistency="none", augmentation="none")
+    default = ObjectiveConfig()
+    plain = dataclasses.replace(
+        objective,
+        consistency="none",
+        consistency_weight=default.consistency_weight,
+        consistency_scale=default.consistency_scale,
+        augmentation="none",
+        neighbours=0,
+    )
     name = next((name for name, value in OBJECTIVES.items() if value == plain), parts)
     title = {"mmd-vae": "MMD-VAE"}.get(name, f"code ({name})")
     if objective.consistency != "none":
-        title += f" with {objective.consistency} of two views"
+        title += f" with {objective.consistency} of {'neighbours' if objective.neighbours else 'two views'}"
     nested = "Matryoshka" if len(network.prefixes) > 1 else "Single-size"
     saw = (
         "encoder and heads learned from labels" if objective.uses_labels else "the encoder saw no labels, the heads did"
     )
     if objective.augmentation != "none":
         saw += f"; it saw augmented views ({objective.augmentation})"
+    if objective.neighbours:
+        saw += f"; it compared each image with the {objective.neighbours} nearest by pixels"
     return f"{nested} {title} of {dataset}: {saw}."
 
 

@@ -151,14 +151,15 @@ def flops_per_image(data: Split, network: NetworkConfig, config: FitConfig) -> f
     objective = nested(config, network, int(data.labels.max()) + 1)
     model = MatVae(network).train()
     drawn, others = objective.draw(), len(network.prefixes) - 1
-    choices = [drawn]
+    choices, batch = [drawn], data.images[: config.batch_size]
+    partners = batch if config.objective.neighbours else None
     if drawn is not None:
         windows = (sorted((start + i) % others for i in range(len(drawn) - 1)) for start in range(others))
         choices = [(*window, others) for window in windows]
     totals = []
     for chosen in choices:
         with FlopCounterMode(display=False) as counter:
-            objective(model, data.images[: config.batch_size], labels, 0.5, chosen).loss.backward()  # type: ignore[no-untyped-call]
+            objective(model, batch, labels, 0.5, chosen, partners=partners).loss.backward()  # type: ignore[no-untyped-call]
         totals.append(counter.get_total_flops())
     return statistics.fmean(totals) / config.batch_size
 

@@ -15,6 +15,7 @@ import torch
 
 from matvae_training.config import FitError
 from matvae_training.data import Split
+from matvae_training.neighbours import nearest_images, partners_of
 from matvae_training.objectives.composition import Matryoshka, Network
 
 _SEED = 0
@@ -69,7 +70,8 @@ def validation_loss(objective: Matryoshka, model: Network, validation: Split, ba
     Leaves the random numbers of training as they were.
     """
     device = next(model.parameters()).device
-    uses_labels = "heads" in objective.objective.terms
+    uses_labels, neighbours = "heads" in objective.objective.terms, objective.objective.neighbours
+    nearest = nearest_images(validation.images, neighbours) if neighbours else None
     size = min(batch_size, len(validation))
     losses = []
     model.eval()
@@ -77,8 +79,10 @@ def validation_loss(objective: Matryoshka, model: Network, validation: Split, ba
         torch.manual_seed(_SEED)
         # A last, smaller batch would be told apart more easily by a contrast: left out, as in training.
         for start in range(0, len(validation) - size + 1, size):
-            images = validation.images[start : start + size].to(device)
-            labels = validation.labels[start : start + size].to(device) if uses_labels else None
-            losses.append(objective(model, images, labels, 1.0).loss.item())
+            rows = torch.arange(start, start + size)
+            images = validation.images[rows].to(device)
+            labels = validation.labels[rows].to(device) if uses_labels else None
+            partners = None if nearest is None else partners_of(validation.images, nearest, rows).to(device)
+            losses.append(objective(model, images, labels, 1.0, partners=partners).loss.item())
     model.train()
     return math.fsum(losses) / len(losses)

@@ -16,7 +16,7 @@ from typing import Any
 
 from matvae_server import bundle
 from matvae_server.card import Card
-from matvae_training.config import default_prefix_weights
+from matvae_training.config import ObjectiveConfig, default_prefix_weights
 
 FORMAT = 1
 TITLES = {"knn": "kNN", "logistic": "logistic head", "mlp": "MLP head", "recall@10": "recall@10"}
@@ -51,6 +51,7 @@ class Run:
             raise SummaryError(f"{card.name} was not measured: its card holds no metrics")
         config = json.loads(card.provenance.get("config", "{}"))
         config |= config.pop("objective", {})
+        config = _complete(config)
         seed = config.pop("seed", 0)
         if config.get("prefix_weights") == list(default_prefix_weights(card.network.prefixes)):
             config["prefix_weights"] = "default"  # which differ from size to size
@@ -189,13 +190,21 @@ def _label(each: Group, groups: Sequence[Group]) -> str:
     return ", ".join([kind, *words])
 
 
+def _complete(recipe: dict[str, Any]) -> dict[str, Any]:
+    """With the parts of an objective that did not exist yet when it was trained: they are what they are by default."""
+    return dataclasses.asdict(ObjectiveConfig()) | recipe if "reconstruction" in recipe else recipe
+
+
 def _load(path: Path) -> list[Run]:
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
         known = int(whole["format"])
         if known > FORMAT:
             raise SummaryError(f"{path} is of format {known}, this version reads {FORMAT}: use a newer matvae")
-        return [Run(**{**run, "prefixes": tuple(run["prefixes"])}) for run in whole["runs"]]
+        return [
+            Run(**{**run, "prefixes": tuple(run["prefixes"]), "recipe": _complete(run["recipe"])})
+            for run in whole["runs"]
+        ]
     except SummaryError:
         raise
     except (ValueError, KeyError, TypeError) as error:

@@ -15,7 +15,7 @@ from matvae_training.augment import AUGMENTATIONS
 from matvae_training.config import ObjectiveConfig
 from matvae_training.objectives.bernoulli import bernoulli
 from matvae_training.objectives.composition import Objective, Term
-from matvae_training.objectives.consistency import alignment, contrast
+from matvae_training.objectives.consistency import Contrast, alignment
 from matvae_training.objectives.gaussian import gaussian
 from matvae_training.objectives.heads import Heads
 from matvae_training.objectives.kernels import KERNELS
@@ -54,7 +54,7 @@ def build(config: ObjectiveConfig, network: NetworkConfig, classes: int, *, bflo
     if config.consistency != "none":
         terms["consistency"] = (
             config.consistency_weight,
-            {"alignment": alignment, "contrast": contrast}[config.consistency],
+            alignment if config.consistency == "alignment" else Contrast(scale=config.consistency_scale),
         )
     return Objective(
         terms=terms,
@@ -63,4 +63,5 @@ def build(config: ObjectiveConfig, network: NetworkConfig, classes: int, *, bflo
         bfloat16=bfloat16,
         augment=AUGMENTATIONS.get(config.augmentation),
         paired=config.consistency != "none",
+        neighbours=config.neighbours,
     )

@@ -40,7 +40,8 @@ class Batch:
     reconstructions  from every prefix (prefixes, n, height, width, channels), where a term reads them
     prefixes         those that this batch is about: all of the network, or some of them
     progress         how much of the training is done, from 0 to 1; on a GPU a tensor ()
-    other            posterior means of a second view of the images (n, dimensions), where a term compares two
+    other            posterior means of a second view of the images, or of partners of theirs (n, dimensions), where a
+                     term compares two
     """
 
     images: Tensor
@@ -123,7 +124,8 @@ class Objective:
     """Weight and term by name, in the order in which they are computed.
 
     `sampled`: terms see codes drawn from the posterior, else its means. `decodes`: some term reads reconstructions.
-    `augment` makes a view of uint8 images, which is then trained on in their place; `paired`: some term compares two.
+    `augment` makes a view of uint8 images, which is then trained on in their place; `paired`: some term compares two
+    views, or where `neighbours` is not 0, an image and a partner that is one of so many nearest.
     """
 
     terms: Mapping[str, tuple[float, Term]]
@@ -132,6 +134,7 @@ class Objective:
     bfloat16: bool = False
     augment: Callable[[Tensor], Tensor] | None = None
     paired: bool = False
+    neighbours: int = 0
 
     def learned(self) -> nn.ModuleDict:
         """The terms that have weights of their own to train."""
@@ -144,12 +147,18 @@ class Objective:
         labels: Tensor | None = None,
         progress: float | Tensor = 0.0,
         chosen: Sequence[int] | None = None,
+        *,
+        partners: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The terms of one uint8 batch (n, height, width, channels), unweighted, each (prefixes,).
 
-        `chosen` are the indices of the prefixes to compute, in ascending order; without it, all.
+        `chosen` are the indices of the prefixes to compute, in ascending order; without it, all. `partners`, of the
+        shape of the images, are what an objective of neighbours compares them with.
         """
         views = [images] if self.augment is None else [self.augment(images) for _ in range(2 if self.paired else 1)]
+        if self.neighbours:
+            assert partners is not None, "an objective of neighbours needs partners"
+            views = [images, partners]
         images, seen, other = views[0], torch.cat(views) if self.paired else views[0], None
         # In bfloat16 only the matrix products are: parameters, posterior and losses stay float32.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -223,9 +232,11 @@ class Matryoshka:
         labels: Tensor | None = None,
         progress: float | Tensor = 0.0,
         chosen: Sequence[int] | None = None,
+        *,
+        partners: Tensor | None = None,
     ) -> Terms:
         """What a uint8 batch (n, height, width, channels) costs over all prefixes, or as those `chosen` estimate it."""
-        parts = self.objective.parts(network, images, labels, progress, chosen)
+        parts = self.objective.parts(network, images, labels, progress, chosen, partners=partners)
         weighted = self.objective.weighted(parts)
         weights = self.weights
         if chosen is not None:

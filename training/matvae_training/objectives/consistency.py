@@ -1,17 +1,20 @@
-"""Consistency of two views of one image, on every prefix: no labels, but knowledge of what leaves a label alone.
+"""Consistency of two views of one image, or of an image and one of its neighbours, on every prefix.
 
     alignment   E |z(a) - z(b)|² / (2 m) over m dimensions: 1 for two samples of the prior, 0 for views that agree
                 (Wang & Isola 2020, arXiv 2005.10242). It needs a divergence from the prior beside it, which keeps codes
                 from agreeing everywhere.
     contrast    the other view of an image is to be the nearest among all of the batch: InfoNCE (van den Oord et al.
-                2018, arXiv 1807.03748) with the Cauchy similarity 1 / (1 + |z(a) - z(b)|²), which works from two
-                dimensions up (Boehm, Berens & Kobak 2022, t-SimCNE, arXiv 2210.09879)
+                2018, arXiv 1807.03748) with the Cauchy similarity 1 / (1 + s² |z(a) - z(b)|²), which works from two
+                dimensions up (Boehm, Berens & Kobak 2022, t-SimCNE, arXiv 2210.09879). t-SNE and its kin let a map grow
+                as wide as it likes; beside a prior of unit width the scale s makes the room that tells clusters apart.
 
-Both compare posterior means. Models that learned from views are a tier of their own: not to be compared with those that
-saw single images.
+Both compare posterior means. Views bring knowledge of what leaves a label alone, so models that learned from them are a
+tier of their own. Neighbours (`neighbours.py`) are in the images themselves.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -29,12 +32,17 @@ def alignment(batch: Batch) -> Tensor:
     return by_dimension.cumsum(0)[widths - 1] / (2 * widths)
 
 
-def contrast(batch: Batch) -> Tensor:
+@dataclasses.dataclass(frozen=True)
+class Contrast:
     """By prefix: (prefixes,), in nats; log n where views say nothing of each other."""
-    assert batch.other is not None, "consistency needs two views"
-    own = torch.arange(len(batch.mean), device=batch.mean.device)
-    terms = []
-    for distances in prefix_distances(batch.mean, batch.other, batch.prefixes):
-        similarities = -distances.log1p()
-        terms.append(0.5 * (cross_entropy(similarities, own) + cross_entropy(similarities.T, own)))
-    return torch.stack(terms)
+
+    scale: float = 1.0
+
+    def __call__(self, batch: Batch) -> Tensor:  # noqa: D102
+        assert batch.other is not None, "consistency needs two views"
+        own = torch.arange(len(batch.mean), device=batch.mean.device)
+        terms = []
+        for distances in prefix_distances(batch.mean, batch.other, batch.prefixes):
+            similarities = -(self.scale**2 * distances).log1p()
+            terms.append(0.5 * (cross_entropy(similarities, own) + cross_entropy(similarities.T, own)))
+        return torch.stack(terms)
