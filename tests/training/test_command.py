@@ -10,6 +10,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from matvae_server import bundle, card
 from matvae_server.network import MatVae
@@ -59,6 +60,41 @@ def test_onnx_equals_torch_at_any_batch_size(fitted, data_root):
         for index in range(len(expected)):
             (decoded,) = decoder.run(None, {"codes": codes.numpy(), "prefix_index": np.array(index)})
             assert np.abs(decoded - expected[index]).max() <= TOLERANCE
+
+
+def test_neighbours_by_the_codes_of_another_bundle(fitted, data_root, tmp_path):
+    first, out = fitted[0] / "bundle", tmp_path / "bundle"
+    arguments = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(out)]
+    arguments += ["--epochs", "1", "--batch-size", "64", "--objective", "mmd-vae-neighbours"]
+    assert cli.main([*arguments, "--neighbours-of", str(first)]) == 0
+    known = bundle.load(out).card
+    objective = json.loads(known.provenance["config"])["objective"]
+    assert (objective["neighbours"], objective["neighbours_by"]) == (15, "codes")
+    assert known.provenance["neighbours_of"] == bundle.load(first).card.fingerprint
+    assert "--neighbours-of FIRST" in known.provenance["command"]
+    assert known.description.endswith("it compared each image with the 15 nearest by codes.")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--neighbours-of", "fashion-mnist"], "say how many"),
+        (["--objective", "mmd-vae-neighbours", "--neighbours-of", "no-such"], "no bundle 'no-such'"),
+        (["--objective", "mmd-vae-neighbours", "--neighbours-of", "fashion-mnist"], "images of (20, 20, 1)"),
+        (["--objective", "mmd-vae-neighbours", "--neighbours", "0"], "choose an augmentation"),
+    ],
+)
+def test_neighbours_that_cannot_be(tmp_path, capsys, options, message):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            Image.new("L", (20, 20)).save(folder / "one.png")
+    words = ["fit", "--dataset", "folder", "--data-root", str(tmp_path / "images"), "--image-shape", "20,20,1"]
+    if "--neighbours" in options:
+        words += ["--augmentation", "none"]
+    assert cli.main([*words, "--out", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_card_says_how_to_make_it_again_and_names_no_path(fitted, data_root):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from matvae_server.card import NetworkConfig
 from matvae_training import measuring_arguments
@@ -115,10 +116,12 @@ def objective(options: argparse.Namespace) -> ObjectiveConfig:
     """The named objective, with what options change of it. Raises FitError."""
     named = OBJECTIVES[options.objective]
     parts = (*_PARTS, "biased", "neighbours")
-    changes = {name: getattr(options, name) for name in parts if getattr(options, name) is not None}
+    changes: dict[str, Any] = {name: getattr(options, name) for name in parts if getattr(options, name) is not None}
     consistent = changes.get("consistency", named.consistency) != "none"
     if consistent and not changes.get("neighbours", named.neighbours):
         changes.setdefault("augmentation", SUITABLE.get(options.dataset, "photos"))
+    if getattr(options, "neighbours_of", None):
+        changes["neighbours_by"] = "codes"
     return dataclasses.replace(named, **changes)
 
 
@@ -213,6 +216,11 @@ def _add_training(fit: argparse.ArgumentParser) -> None:
     )
     fit.add_argument(
         "--bfloat16", action="store_true", help="matrix products in bfloat16: twice as fast on processors that have it"
+    )
+    fit.add_argument(
+        "--neighbours-of",
+        metavar="BUNDLE",
+        help="the neighbours of an objective of neighbours are those by the codes of this bundle, not by pixels",
     )
     fit.add_argument(
         "--ordered",

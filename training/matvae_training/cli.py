@@ -107,8 +107,10 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         return _fail(EXTRA.format(module=error.name))
     paths = {str(options.data_root): "DATA_ROOT", str(options.out): "OUT", str(log_file): "LOG", str(run): "RUN"}
-    if options.command == "order" and options.bundle not in bundle.packaged():
-        paths[options.bundle] = "BUNDLE"
+    first = getattr(options, "neighbours_of", None)
+    for path, stands_for in ((getattr(options, "bundle", None), "BUNDLE"), (first, "FIRST")):
+        if path and path not in bundle.packaged():
+            paths[path] = stands_for
     command = provenance.command("matvae-train", words, paths)
     source = pipeline.Source(
         dataset=options.dataset,
@@ -154,6 +156,7 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
                 run=run,
                 resume=bool(resume),
                 tensorboard=options.tensorboard,
+                neighbours_of=bundle.load(bundle.find(first)) if first else None,
             )
     except (DataError, FitError, CardError, bundle.BundleError) as error:
         return _fail(str(error))

@@ -42,6 +42,7 @@ MUTUALS = ("official", "reproduced", "none")
 HEADS = ("untied", "tied", "none")
 CONSISTENCIES = ("alignment", "contrast", "none")
 AUGMENTATIONS = ("digits", "garments", "photos", "none")
+NEIGHBOURS_BY = ("pixels", "codes")
 DEVICES = ("cpu", "cuda")
 
 
@@ -56,10 +57,10 @@ class ObjectiveConfig:
 
     reconstruction + divergence_weight * divergence + kl_weight * KL + mutual + heads_weight * heads
     + consistency_weight * consistency of two views by `augmentation`, or of an image and one of its `neighbours`
-    nearest by pixels; the first four are per pixel. `consistency_scale` is that of a contrast. `variance` is that of
-    squared-error, `kernel` and `biased` are the MMD's, `capacity` (nats) is the capacity divergence's, `diversity`
-    and `smoothness` are the mutual divergence's. `sampled` says whether codes are drawn from the posterior while
-    training, or are its means.
+    nearest, by `pixels` or by the `codes` of another model; the first four are per pixel. `consistency_scale` is that
+    of a contrast. `variance` is that of squared-error, `kernel` and `biased` are the MMD's, `capacity` (nats) is the
+    capacity divergence's, `diversity` and `smoothness` are the mutual divergence's. `sampled` says whether codes are
+    drawn from the posterior while training, or are its means.
     """
 
     reconstruction: str = "gaussian"
@@ -80,6 +81,7 @@ class ObjectiveConfig:
     consistency_scale: float = 1.0
     augmentation: str = "none"
     neighbours: int = 0
+    neighbours_by: str = "pixels"
     sampled: bool = True
 
     def __post_init__(self) -> None:
@@ -91,6 +93,7 @@ class ObjectiveConfig:
             "heads": HEADS,
             "consistency": CONSISTENCIES,
             "augmentation": AUGMENTATIONS,
+            "neighbours_by": NEIGHBOURS_BY,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -103,6 +106,8 @@ class ObjectiveConfig:
             raise FitError("an objective needs a reconstruction, heads or a contrast: codes must tell images apart")
         if self.neighbours < 0:
             raise FitError(f"neighbours must be at least 0, not {self.neighbours}")
+        if self.neighbours_by == "codes" and not self.neighbours:
+            raise FitError("neighbours by codes are of use to an objective with neighbours alone: say how many")
         if self.consistency != "none" and (self.augmentation == "none") == (self.neighbours == 0):
             raise FitError(
                 f"{self.consistency} compares two views of an image, or an image and a neighbour: choose an "

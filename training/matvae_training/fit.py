@@ -19,7 +19,7 @@ from matvae_server.network import MatVae
 from matvae_training import device
 from matvae_training.checkpoint import Checkpoint
 from matvae_training.config import FitConfig, FitError
-from matvae_training.neighbours import nearest_images, partners_of
+from matvae_training.neighbours import Points, leading_components, partners_of
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Matryoshka, Network, Terms
 from matvae_training.stopping import Stopping
@@ -63,6 +63,7 @@ def fit(
     labels: Tensor | None = None,
     checkpoint: Checkpoint | None = None,
     stopping: Stopping | None = None,
+    points_of: Points = leading_components,
 ) -> MatVae:
     """Train on uint8 images (n, height, width, channels), int64 labels (n,); returns the network in eval mode.
 
@@ -73,7 +74,7 @@ def fit(
     where = device.find(config.device)
     torch.manual_seed(config.seed)
     model = MatVae(network).to(memory_format=torch.channels_last).to(where)
-    train(model, images, config, report, labels=labels, checkpoint=checkpoint, stopping=stopping)
+    train(model, images, config, report, labels=labels, checkpoint=checkpoint, stopping=stopping, points_of=points_of)
     return model.cpu()
 
 
@@ -86,11 +87,13 @@ def train(
     labels: Tensor | None = None,
     checkpoint: Checkpoint | None = None,
     stopping: Stopping | None = None,
+    points_of: Points = leading_components,
     plain: bool = False,
 ) -> None:
     """Train a model that exists, as `fit` does, where it is; seeding and making it is the caller's. Ends in eval mode.
 
-    `plain` takes Adam at a constant rate (Kingma & Ba 2015, arXiv 1412.6980).
+    `points_of` says who is near whom, to an objective that compares an image with its neighbours. `plain` takes Adam
+    at a constant rate (Kingma & Ba 2015, arXiv 1412.6980).
 
     With a `checkpoint`, training goes on from what it holds, step by step as if it had never stopped, and saves to it
     after every epoch. With `stopping`, it ends when that says so, and the model has its best weights then. Raises
@@ -108,12 +111,12 @@ def train(
         raise FitError("a model without a decoder cannot reconstruct: take an objective with heads alone")
     classes = int(labels.max()) + 1 if labels is not None else 0
     model.train()
-    objective = nested(config, network, classes)
+    objective = nested(config, network, classes, points_of)
     where = next(iter(model.parameters())).device
     objective.learned().to(where)
     compute = device.compiled(objective.__call__, where) if config.compile else objective
     images, labels = images.to(where), labels if labels is None else labels.to(where)
-    nearest = nearest_images(images, config.objective.neighbours) if config.objective.neighbours else None
+    nearest = None if objective.objective.nearest is None else objective.objective.nearest(images)
     # A last, smaller batch would make the MMD noisier: left out. The next epoch draws another order.
     per_epoch = len(images) // size
     steps = per_epoch * config.epochs
@@ -169,10 +172,12 @@ def train(
     model.eval()
 
 
-def nested(config: FitConfig, network: NetworkConfig, classes: int) -> Matryoshka:
+def nested(
+    config: FitConfig, network: NetworkConfig, classes: int, points_of: Points = leading_components
+) -> Matryoshka:
     """The objective that `config` describes, over the prefixes of the network."""
     return Matryoshka(
-        objective=build(config.objective, network, classes, bfloat16=config.bfloat16),
+        objective=build(config.objective, network, classes, bfloat16=config.bfloat16, points_of=points_of),
         weights=config.prefix_weights,
         sampled_prefixes=config.prefixes_per_step,
     )

@@ -1,11 +1,15 @@
-"""The images that are nearest to each image by their pixels: partners for a contrast, found without labels or views.
+"""The images that are nearest to each image: partners for a contrast, found without labels or views.
 
 That what is near stays near is the idea of t-SNE (van der Maaten & Hinton 2008, JMLR 9) and of UMAP (McInnes, Healy &
 Melville 2018, arXiv 1802.03426), and both are contrasts of an image with its neighbours (Damrich et al. 2022, arXiv
-2206.01816). As there, distances are those of the leading principal components, which are less noise than pixels are.
+2206.01816). As there, distances are those of the leading principal components, which are less noise than pixels are;
+or those of codes, by a model that was trained before.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,16 +17,25 @@ from torch import Tensor
 COMPONENTS = 50
 _CHUNK = 500  # images at a time: 120 MB of distances to 60,000 others
 
+Points: TypeAlias = Callable[[Tensor], Tensor]
+"""uint8 images (n, height, width, channels) -> points whose distances say who is near, float (n, anything)."""
 
-def nearest_images(images: Tensor, count: int) -> Tensor:
+
+def leading_components(images: Tensor) -> Tensor:
+    """Points by pixels: the COMPONENTS principal components of these images that vary most."""
+    pixels = images.flatten(1).float()
+    pixels -= pixels.mean(0)
+    _, directions = torch.linalg.eigh(pixels.T @ pixels)  # eigenvalues ascend
+    points: Tensor = pixels @ directions[:, -COMPONENTS:]
+    return points
+
+
+def nearest_images(images: Tensor, count: int, points_of: Points = leading_components) -> Tensor:
     """uint8 images (n, height, width, channels) -> indices of the `count` nearest others, or of all: int64 (n, k).
 
     The time grows with the square of n: half a minute of one core for 60,000. Needs two images.
     """
-    pixels = images.flatten(1).float()
-    pixels -= pixels.mean(0)
-    _, directions = torch.linalg.eigh(pixels.T @ pixels)  # eigenvalues ascend
-    points = pixels @ directions[:, -COMPONENTS:]
+    points = points_of(images)
     squares = points.square().sum(1)
     found = []
     for start in range(0, len(points), _CHUNK):

@@ -16,12 +16,13 @@ from matvae_server.bundle import Bundle
 from matvae_server.card import Card, NetworkConfig
 from matvae_server.network import MatVae
 from matvae_training import provenance
-from matvae_training.bundling import table, write_bundle
+from matvae_training.bundling import encode, table, write_bundle
 from matvae_training.config import FOLDER, OBJECTIVES, FitConfig, FitError, ObjectiveConfig
 from matvae_training.data import Split, hold_out, load, without
 from matvae_training.export import Servable
 from matvae_training.fit import Progress, fit
 from matvae_training.folder import summary
+from matvae_training.neighbours import leading_components
 from matvae_training.ordering import order
 from matvae_training.pca import fit_pca
 from matvae_training.run import Run
@@ -91,10 +92,12 @@ def fit_bundle(
     run: Path | None = None,
     resume: bool = False,
     tensorboard: bool = False,
+    neighbours_of: Bundle | None = None,
 ) -> Card:
     """Train on `source`, evaluate, and write the bundle into `out`; returns its card.
 
-    `ordered` codes are those of `ordering.py`. `log` takes one line of JSON per epoch. `run` is a directory for metrics
+    `ordered` codes are those of `ordering.py`. `neighbours_of` is a bundle by whose codes an objective of neighbours
+    finds them, where it wants codes. `log` takes one line of JSON per epoch. `run` is a directory for metrics
     and a checkpoint, from which `resume` goes on. Raises DataError, FitError, ExportError, and OSError where `out`
     cannot be written.
     """
@@ -102,12 +105,19 @@ def fit_bundle(
     data = _prepare(source, out, threads)
     height, width, channels = data.shape
     network = dataclasses.replace(network, height=height, width=width, channels=channels)
+    points_of = leading_components
+    if (config.objective.neighbours_by == "codes") != (neighbours_of is not None):
+        raise FitError("neighbours by codes need a bundle of whose codes, and no others do")
+    if neighbours_of is not None:
+        first = _model(neighbours_of, data.shape)
+        points_of = lambda images: encode(first, images.cpu()).to(images.device)  # noqa: E731
     repeat = {
         **data.known,
         "seed": str(config.seed),
         "epochs": str(config.epochs),
         "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
         "ordered": str(ordered).lower(),
+        **({} if neighbours_of is None else {"neighbours_of": neighbours_of.card.fingerprint}),
         **_circumstances(command),
     }
     kept = None
@@ -124,6 +134,7 @@ def fit_bundle(
         labels=data.train.labels if config.objective.uses_labels else None,
         checkpoint=kept.checkpoint if kept else None,
         stopping=data.stopping,
+        points_of=points_of,
     )
     if ordered:
         _say("order the code")
@@ -168,12 +179,21 @@ def order_bundle(bundle: Bundle, *, source: Source, out: Path, threads: int | No
             raise FitError(
                 f"{bundle.path} is of other data: its {key} is {card.provenance.get(key)}, not {data.known[key]}"
             )
-    model = MatVae(card.network)
-    weights = {f"{part}.{key}": value for part in ("encoder", "decoder") for key, value in bundle.part(part).items()}
-    model.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in weights.items()})
+    model = _model(bundle, data.shape)
     order(model, data.train.images)
     known = {**card.provenance, **data.known, "ordered": "true", "ordered_by": json.dumps(_circumstances(command))}
     return _write(model, data, out, card.description, known)
+
+
+def _model(bundle: Bundle, shape: tuple[int, int, int]) -> MatVae:
+    """The network of a bundle that `fit_bundle` made of images of that shape. Raises FitError."""
+    network = bundle.card.network
+    if network.kind != "conv" or network.image_shape != shape:
+        raise FitError(f"{bundle.path} is no model of `matvae-train fit` for images of {shape}")
+    model = MatVae(network)
+    weights = {f"{part}.{key}": value for part in ("encoder", "decoder") for key, value in bundle.part(part).items()}
+    model.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in weights.items()})
+    return model
 
 
 def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
@@ -240,6 +260,7 @@ def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -
         consistency_scale=default.consistency_scale,
         augmentation="none",
         neighbours=0,
+        neighbours_by=default.neighbours_by,
     )
     name = next((name for name, value in OBJECTIVES.items() if value == plain), parts)
     title = {"mmd-vae": "MMD-VAE"}.get(name, f"code ({name})")
@@ -252,7 +273,7 @@ def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -
     if objective.augmentation != "none":
         saw += f"; it saw augmented views ({objective.augmentation})"
     if objective.neighbours:
-        saw += f"; it compared each image with the {objective.neighbours} nearest by pixels"
+        saw += f"; it compared each image with the {objective.neighbours} nearest by {objective.neighbours_by}"
     return f"{nested} {title} of {dataset}: {saw}."
 
 

@@ -15,7 +15,7 @@ import torch
 
 from matvae_training.config import FitError
 from matvae_training.data import Split
-from matvae_training.neighbours import nearest_images, partners_of
+from matvae_training.neighbours import partners_of
 from matvae_training.objectives.composition import Matryoshka, Network
 
 _SEED = 0
@@ -70,8 +70,8 @@ def validation_loss(objective: Matryoshka, model: Network, validation: Split, ba
     Leaves the random numbers of training as they were.
     """
     device = next(model.parameters()).device
-    uses_labels, neighbours = "heads" in objective.objective.terms, objective.objective.neighbours
-    nearest = nearest_images(validation.images, neighbours) if neighbours else None
+    uses_labels, nearest_of = "heads" in objective.objective.terms, objective.objective.nearest
+    nearest = nearest_of(validation.images) if nearest_of else None
     size = min(batch_size, len(validation))
     losses = []
     model.eval()

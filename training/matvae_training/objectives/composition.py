@@ -125,7 +125,8 @@ class Objective:
 
     `sampled`: terms see codes drawn from the posterior, else its means. `decodes`: some term reads reconstructions.
     `augment` makes a view of uint8 images, which is then trained on in their place; `paired`: some term compares two
-    views, or where `neighbours` is not 0, an image and a partner that is one of so many nearest.
+    views, or, where there is `nearest`, an image and a partner: of uint8 images (n, ...) it tells the indices (n, k) of
+    those that are partners of each.
     """
 
     terms: Mapping[str, tuple[float, Term]]
@@ -134,7 +135,7 @@ class Objective:
     bfloat16: bool = False
     augment: Callable[[Tensor], Tensor] | None = None
     paired: bool = False
-    neighbours: int = 0
+    nearest: Callable[[Tensor], Tensor] | None = None
 
     def learned(self) -> nn.ModuleDict:
         """The terms that have weights of their own to train."""
@@ -156,7 +157,7 @@ class Objective:
         shape of the images, are what an objective of neighbours compares them with.
         """
         views = [images] if self.augment is None else [self.augment(images) for _ in range(2 if self.paired else 1)]
-        if self.neighbours:
+        if self.nearest:
             assert partners is not None, "an objective of neighbours needs partners"
             views = [images, partners]
         images, seen, other = views[0], torch.cat(views) if self.paired else views[0], None
