@@ -135,7 +135,9 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
     "multitask": ObjectiveConfig(heads="untied"),
     "mmd-vae-aligned": ObjectiveConfig(consistency="alignment", augmentation="photos"),
     "mmd-vae-contrast": ObjectiveConfig(consistency="contrast", augmentation="photos"),
-    "mmd-vae-neighbours": ObjectiveConfig(consistency="contrast", neighbours=15),
+    "mmd-vae-neighbours": ObjectiveConfig(
+        consistency="contrast", consistency_weight=0.2, consistency_scale=3.0, neighbours=15
+    ),
 }
 """The objectives that `--objective` knows. Options beside it change one of their values each."""
 
