@@ -21,9 +21,11 @@ BUNDLES = {
 
 
 def fit_command(repository, name):
-    """What the script runs, with the placeholders of a card, and without the options that one may add."""
+    """What the script runs last, with the placeholders of a card, and without the options that one may add."""
     text = (repository / "training" / "bundles" / f"{name}.sh").read_text().replace("\\\n", " ")
-    (line,) = re.findall(r"^matvae-train fit .*", text, re.MULTILINE)
+    *first, line = re.findall(r"^matvae-train fit .*", text, re.MULTILINE)
+    assert bool(first) == ('--neighbours-of "$out-first"' in line)
+    line = line.replace('"$out-first"', "FIRST")
     for variable, placeholder in (('"$data_root"', "DATA_ROOT"), ('"$out"', "OUT"), ('"${@:3}"', "")):
         assert variable in line
         line = line.replace(variable, placeholder)
@@ -76,10 +78,12 @@ def test_the_gpu_script_on_a_cpu(repository, data_root, tmp_path):
     assert run.returncode == 0, run.stderr
     assert re.search(r"^fashion-mnist: \d+ s$", run.stdout, re.MULTILINE)
     commands = [json.loads(line) for line in noted.read_text().splitlines()]
-    assert [command[0] for command in commands] == ["pack", "fit", "evaluate"]
+    assert [command[0] for command in commands] == ["pack", "fit", "fit", "evaluate"]
     for command in commands:
         assert cli.main(command) == 0
-    assert bundle.load(out / "fashion-mnist").card.network.prefixes == (2, 4)
+    made, first = (bundle.load(out / name).card for name in ("fashion-mnist", "fashion-mnist-first"))
+    assert made.network.prefixes == (2, 4)
+    assert made.provenance["neighbours_of"] == first.fingerprint
     scores = json.loads((out / "fashion-mnist.json").read_text())["scores"]
     assert len(scores["mlp"]["4"]["values"]) == 3
     assert (out / "fashion-mnist.run" / "metrics.jsonl").read_text().count("\n") == 1
