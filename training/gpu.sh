@@ -3,8 +3,8 @@
 # The recipes are those of training/bundles; options of `matvae-train fit` may follow, and replace those.
 #   DATASETS  which ones                              (mnist fashion-mnist cifar10)
 #   DEVICE    cpu tries the script where there is none (cuda)
-# Writes OUT/<data set>/ (the bundle), OUT/<data set>.run/ (metrics, checkpoint; the same command goes on from it) and
-# OUT/<data set>.json (scores over three seeds of the probes).
+# Writes OUT/<data set>/ (the bundle), OUT/<data set>.run/ (metrics, checkpoint; the same command goes on from it), the same
+# of a first pass as OUT/<data set>-first, and OUT/<data set>.json (scores over three seeds of the probes).
 set -euo pipefail
 data_root=$1 out=$2
 here=$(cd "$(dirname "$0")" && pwd)

@@ -234,7 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rates(throughput: dict[str, Any], cell: str) -> list[float]:
-    """Images/s of a cell, repeat by repeat."""
+    """Images/s of a cell, repeat by repeat. Raises ValueError where it was not measured."""
+    if cell not in throughput["cells"]:
+        raise ValueError(f"throughput.json has no cell {cell!r}: measure it again by matvae-bench throughput")
     repeats = throughput["cells"][cell]
     return [one["images_per_second"]["64"] if cell == "encoder" else one["images_per_second"] for one in repeats]
 

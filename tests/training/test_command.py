@@ -1,7 +1,9 @@
 """`matvae-train fit`, from a data root to a bundle that loads, and what it says to input that cannot be used."""
 
+import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,18 +72,44 @@ def test_neighbours_by_the_codes_of_another_bundle(fitted, data_root, tmp_path):
     known = bundle.load(out).card
     objective = json.loads(known.provenance["config"])["objective"]
     assert (objective["neighbours"], objective["neighbours_by"]) == (15, "codes")
-    assert known.provenance["neighbours_of"] == bundle.load(first).card.fingerprint
+    origin, told = json.loads(known.provenance["neighbours_of"]), bundle.load(first).card
+    assert origin["fingerprint"] == told.fingerprint
+    assert all(origin[key] == told.provenance[key] for key in ("config", "seed", "commit", "command", "versions"))
     assert "--neighbours-of FIRST" in known.provenance["command"]
     assert known.description.endswith("it compared each image with the 15 nearest by codes.")
 
 
 @pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data_sha256": "0" * 64}, "is of other data: its data_sha256"),
+        ({"split": "train on 500, evaluate on 100 (validation)"}, "is of other data: its split"),
+        ({"config": json.dumps({"objective": {"heads": "untied"}})}, "learned from labels"),
+        ({"config": json.dumps({"objective": {"augmentation": "digits"}})}, "learned from augmented views"),
+    ],
+)
+def test_neighbours_of_a_model_that_knows_more(fitted, data_root, tmp_path, capsys, *, changed, message):
+    first = tmp_path / "first"
+    shutil.copytree(fitted[0] / "bundle", first)
+    told = bundle.load(first).card
+    changed_card = dataclasses.replace(told, provenance={**told.provenance, **changed})
+    (first / bundle.CARD).write_bytes(changed_card.dumps())
+    words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--objective", "mmd-vae-neighbours", "--neighbours-of", str(first)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--neighbours-of", "fashion-mnist"], "say how many"),
+        (["--neighbours-of", "fashion-mnist"], "take objective mmd-vae-neighbours"),
+        (["--objective", "mmd-vae-neighbours", "--neighbours-of", ""], "no bundle ''"),
         (["--objective", "mmd-vae-neighbours", "--neighbours-of", "no-such"], "no bundle 'no-such'"),
         (["--objective", "mmd-vae-neighbours", "--neighbours-of", "fashion-mnist"], "images of (20, 20, 1)"),
-        (["--objective", "mmd-vae-neighbours", "--neighbours", "0"], "choose an augmentation"),
+        (
+            ["--objective", "mmd-vae-neighbours", "--neighbours", "0", "--augmentation", "none"],
+            "choose an augmentation",
+        ),
     ],
 )
 def test_neighbours_that_cannot_be(tmp_path, capsys, options, message):
@@ -91,8 +119,6 @@ def test_neighbours_that_cannot_be(tmp_path, capsys, options, message):
             folder.mkdir(parents=True)
             Image.new("L", (20, 20)).save(folder / "one.png")
     words = ["fit", "--dataset", "folder", "--data-root", str(tmp_path / "images"), "--image-shape", "20,20,1"]
-    if "--neighbours" in options:
-        words += ["--augmentation", "none"]
     assert cli.main([*words, "--out", str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ from matvae_training.augment import AUGMENTATIONS, Augmentation
 from matvae_training.config import OBJECTIVES, FitConfig, FitError, ObjectiveConfig
 from matvae_training.data import Split
 from matvae_training.fit import fit
-from matvae_training.neighbours import nearest_images, partners_of
+from matvae_training.neighbours import leading_components, nearest_images, partners_of
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Batch
 from matvae_training.objectives.consistency import Contrast, alignment
@@ -128,10 +128,20 @@ def test_the_nearest_are_those_by_pixels_and_never_the_image_itself(monkeypatch,
 
 
 def test_leading_components_decide_who_is_near():
-    """Two clusters far apart in a direction, within noise in hundreds: each image's nearest are of its cluster."""
-    given = torch.randint(0, 40, (60, 20, 20, 1), dtype=torch.uint8)
-    given[::2, :4] += 200
-    assert ((nearest_images(given, 10) - torch.arange(60)[:, None]) % 2 == 0).all()
+    """Two clusters apart in one direction, within noise in as many as there are pixels, which hides them."""
+    given = torch.randint(0, 200, (1500, 32, 32, 1), dtype=torch.uint8)
+    given[::2, :4] += 25
+    of_its_cluster = [
+        (nearest_images(given, 10, points_of) % 2 == torch.arange(1500)[:, None] % 2).float().mean()
+        for points_of in (leading_components, lambda images: images.flatten(1).float())
+    ]
+    assert of_its_cluster[0] > of_its_cluster[1] + 0.05
+
+
+def test_large_images_are_averaged_down():
+    given = torch.randint(0, 256, (20, 8, 8, 1), dtype=torch.uint8)
+    large = given.repeat_interleave(16, 1).repeat_interleave(16, 2)  # to 128 x 128, whose averages they are
+    assert torch.equal(nearest_images(large, 5), nearest_images(given, 5))
 
 
 def test_partners_are_all_of_the_nearest_in_turn(images):
@@ -153,23 +163,64 @@ def test_an_image_is_compared_with_its_partner(images):
     torch.testing.assert_close(parts["consistency"], expected)
 
 
-def test_images_held_out_stop_a_training_with_neighbours_among_themselves(images):
+def test_images_held_out_stop_a_training_with_neighbours_among_themselves(monkeypatch, images):
     held = Split(images=images[:6], labels=torch.zeros(6, dtype=torch.int64))
     config = FitConfig(
         epochs=2, batch_size=8, prefix_weights=(1.0, 1.0, 1.0), objective=OBJECTIVES["mmd-vae-neighbours"]
     )
-    losses = []
-    for _ in range(2):
-        stopping = Stopping(held, patience=5)
-        fit(images, SMALL, config, lambda _: None, stopping=stopping)
-        losses.append(stopping.loss)
-    assert losses[0] == losses[1]
+    compared = []
+
+    def noted(images, nearest, rows):
+        found = partners_of(images, nearest, rows)
+        compared.append((images.data_ptr(), len(found)))
+        return found
+
+    monkeypatch.setattr("matvae_training.stopping.partners_of", noted)
+    stopping = Stopping(held, patience=5)
+    fit(images, SMALL, config, lambda _: None, stopping=stopping)
+    assert compared == 2 * [(held.images.data_ptr(), 6)]
+    assert stopping.seen == 2
 
 
-@pytest.mark.parametrize("both", [{}, {"augmentation": "digits", "neighbours": 3}])
-def test_consistency_needs_views_or_neighbours(both):
-    with pytest.raises(FitError, match="choose an augmentation"):
-        ObjectiveConfig(consistency="alignment", **both)
+def test_whose_codes_decide_who_is_near(images):
+    """The points of the first half are those of the second: each image's one neighbour is known."""
+    seen = []
+    config = FitConfig(
+        epochs=1,
+        batch_size=16,
+        prefix_weights=(1.0, 1.0, 1.0),
+        objective=dataclasses.replace(OBJECTIVES["mmd-vae-neighbours"], neighbours=1, neighbours_by="codes"),
+    )
+
+    def points_of(given):
+        seen.append(given)
+        return torch.arange(8.0).repeat(2)[:, None]
+
+    models = {}
+    for name, given in (("pixels", None), ("codes", points_of)):
+        by = dataclasses.replace(config, objective=dataclasses.replace(config.objective, neighbours_by=name))
+        models[name] = fit(images, SMALL, by, lambda _: None, points_of=given).state_dict()
+    assert [given is images or torch.equal(given, images) for given in seen] == [True]
+    assert any(not torch.equal(models["pixels"][key], models["codes"][key]) for key in models["pixels"])
+    expected = torch.arange(16).roll(8)[:, None]
+    assert torch.equal(nearest_images(images, 1, points_of), expected)
+    with pytest.raises(FitError, match="whose codes"):
+        fit(images, SMALL, config, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"consistency": "alignment"}, "choose an augmentation"),
+        ({"consistency": "alignment", "augmentation": "digits", "neighbours": 3}, "choose an augmentation"),
+        ({"neighbours": 3}, "need a term that compares"),
+        ({"consistency": "contrast", "neighbours": 1001}, "neighbours must be 0 to 1,000"),
+        ({"neighbours_by": "codes"}, "need an objective of neighbours"),
+    ],
+)
+def test_consistency_needs_views_or_neighbours(fields, message):
+    with pytest.raises(FitError, match=message):
+        ObjectiveConfig(**fields)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +232,7 @@ def test_consistency_needs_views_or_neighbours(both):
         ("mnist", ["--objective", "mmd-vae-aligned", "--augmentation", "garments"], "garments"),
         ("mnist", ["--objective", "mmd-vae-neighbours"], "none"),
         ("mnist", ["--consistency", "contrast", "--neighbours", "5"], "none"),
+        ("mnist", ["--objective", "mmd-vae-contrast", "--neighbours", "5"], "none"),
         ("mnist", [], "none"),
     ],
 )

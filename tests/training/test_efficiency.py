@@ -178,7 +178,7 @@ def scripted(monkeypatch):
     """What `validation_loss` says is the script's entry; the weights of every epoch are kept beside it."""
     kept = []
 
-    def say(objective, model, validation, batch_size):
+    def say(objective, model, validation, *_):
         kept.append({name: value.clone() for name, value in model.state_dict().items()})
         return SCRIPT[len(kept) - 1]
 
@@ -248,7 +248,7 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(monkeypatch):
 def test_with_patience_the_test_set_is_measured_and_never_watched(data_root, tmp_path, monkeypatch):
     watched, written = [], {}
 
-    def say(objective, model, validation, batch_size):
+    def say(objective, model, validation, *_):
         watched.append(validation)
         return SCRIPT[len(watched) - 1]
 

@@ -83,7 +83,7 @@ def test_the_gpu_script_on_a_cpu(repository, data_root, tmp_path):
         assert cli.main(command) == 0
     made, first = (bundle.load(out / name).card for name in ("fashion-mnist", "fashion-mnist-first"))
     assert made.network.prefixes == (2, 4)
-    assert made.provenance["neighbours_of"] == first.fingerprint
+    assert json.loads(made.provenance["neighbours_of"])["fingerprint"] == first.fingerprint
     scores = json.loads((out / "fashion-mnist.json").read_text())["scores"]
     assert len(scores["mlp"]["4"]["values"]) == 3
     assert (out / "fashion-mnist.run" / "metrics.jsonl").read_text().count("\n") == 1

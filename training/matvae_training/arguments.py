@@ -44,7 +44,7 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "heads_weight": ("of their cross-entropy", ()),
     "consistency": ("of two views of every image, or of an image and a neighbour", CONSISTENCIES),
     "consistency_weight": ("of that", ()),
-    "consistency_scale": ("of a contrast: how near, in 1 / scale, an image's other view is to come", ()),
+    "consistency_scale": ("of a contrast: codes nearer than 1 / scale count as the same", ()),
     "augmentation": ("makes views; where an objective wants one, that which suits the data set", AUGMENTATIONS),
 }
 """Fields of ObjectiveConfig that have an option: what it is, and its choices, where it is not a number."""
@@ -118,9 +118,11 @@ def objective(options: argparse.Namespace) -> ObjectiveConfig:
     parts = (*_PARTS, "biased", "neighbours")
     changes: dict[str, Any] = {name: getattr(options, name) for name in parts if getattr(options, name) is not None}
     consistent = changes.get("consistency", named.consistency) != "none"
-    if consistent and not changes.get("neighbours", named.neighbours):
+    if changes.get("neighbours", named.neighbours):
+        changes.setdefault("augmentation", "none")
+    elif consistent:
         changes.setdefault("augmentation", SUITABLE.get(options.dataset, "photos"))
-    if getattr(options, "neighbours_of", None):
+    if getattr(options, "neighbours_of", None) is not None:
         changes["neighbours_by"] = "codes"
     return dataclasses.replace(named, **changes)
 
@@ -248,7 +250,7 @@ def _add_objective(fit: argparse.ArgumentParser) -> None:
         "--neighbours",
         type=whole(0),
         metavar="K",
-        help="compare each image with one of the K nearest by pixels, not with another view of it",
+        help="compare each image with one of its K nearest, not with another view of it; by pixels, or --neighbours-of",
     )
     fit.add_argument("--biased", action="store_true", default=None, help="take the biased estimate of the MMD")
     fit.add_argument(

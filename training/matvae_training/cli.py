@@ -156,7 +156,7 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
                 run=run,
                 resume=bool(resume),
                 tensorboard=options.tensorboard,
-                neighbours_of=bundle.load(bundle.find(first)) if first else None,
+                neighbours_of=None if first is None else bundle.load(bundle.find(first)),
             )
     except (DataError, FitError, CardError, bundle.BundleError) as error:
         return _fail(str(error))

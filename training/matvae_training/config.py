@@ -43,6 +43,7 @@ HEADS = ("untied", "tied", "none")
 CONSISTENCIES = ("alignment", "contrast", "none")
 AUGMENTATIONS = ("digits", "garments", "photos", "none")
 NEIGHBOURS_BY = ("pixels", "codes")
+_MOST_NEIGHBOURS = 1000  # they are kept for every image
 DEVICES = ("cpu", "cuda")
 
 
@@ -104,10 +105,12 @@ class ObjectiveConfig:
             _check_number(name, getattr(self, name), positive=True)
         if self.reconstruction == self.heads == "none" and self.consistency != "contrast":
             raise FitError("an objective needs a reconstruction, heads or a contrast: codes must tell images apart")
-        if self.neighbours < 0:
-            raise FitError(f"neighbours must be at least 0, not {self.neighbours}")
+        if not 0 <= self.neighbours <= _MOST_NEIGHBOURS:
+            raise FitError(f"neighbours must be 0 to {_MOST_NEIGHBOURS:,}, not {self.neighbours}")
+        if self.neighbours and self.consistency == "none":
+            raise FitError("neighbours need a term that compares images with them: take objective mmd-vae-neighbours")
         if self.neighbours_by == "codes" and not self.neighbours:
-            raise FitError("neighbours by codes are of use to an objective with neighbours alone: say how many")
+            raise FitError("neighbours by codes need an objective of neighbours: take objective mmd-vae-neighbours")
         if self.consistency != "none" and (self.augmentation == "none") == (self.neighbours == 0):
             raise FitError(
                 f"{self.consistency} compares two views of an image, or an image and a neighbour: choose an "

@@ -19,7 +19,7 @@ from matvae_server.network import MatVae
 from matvae_training import device
 from matvae_training.checkpoint import Checkpoint
 from matvae_training.config import FitConfig, FitError
-from matvae_training.neighbours import Points, leading_components, partners_of
+from matvae_training.neighbours import Points, leading_components, nearest_images, partners_of
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Matryoshka, Network, Terms
 from matvae_training.stopping import Stopping
@@ -63,7 +63,7 @@ def fit(
     labels: Tensor | None = None,
     checkpoint: Checkpoint | None = None,
     stopping: Stopping | None = None,
-    points_of: Points = leading_components,
+    points_of: Points | None = None,
 ) -> MatVae:
     """Train on uint8 images (n, height, width, channels), int64 labels (n,); returns the network in eval mode.
 
@@ -87,12 +87,12 @@ def train(
     labels: Tensor | None = None,
     checkpoint: Checkpoint | None = None,
     stopping: Stopping | None = None,
-    points_of: Points = leading_components,
+    points_of: Points | None = None,
     plain: bool = False,
 ) -> None:
     """Train a model that exists, as `fit` does, where it is; seeding and making it is the caller's. Ends in eval mode.
 
-    `points_of` says who is near whom, to an objective that compares an image with its neighbours. `plain` takes Adam
+    `points_of` gives the codes by which an objective finds neighbours, where it does not by pixels. `plain` takes Adam
     at a constant rate (Kingma & Ba 2015, arXiv 1412.6980).
 
     With a `checkpoint`, training goes on from what it holds, step by step as if it had never stopped, and saves to it
@@ -105,18 +105,19 @@ def train(
         raise FitError(f"prefix_weights needs {len(network.prefixes)} numbers, one for each of {network.prefixes}")
     if len(images) < size:
         raise FitError(f"{len(images)} training images do not fill one batch of {size}")
+    if (config.objective.neighbours_by == "codes") != (points_of is not None):
+        raise FitError("neighbours by codes, and no others, need to be told whose codes those are")
     if config.objective.uses_labels and labels is None:
         raise FitError("an objective with heads needs the labels of the images")
     if config.objective.reconstruction != "none" and model.decoder is None:
         raise FitError("a model without a decoder cannot reconstruct: take an objective with heads alone")
     classes = int(labels.max()) + 1 if labels is not None else 0
     model.train()
-    objective = nested(config, network, classes, points_of)
+    objective = nested(config, network, classes)
     where = next(iter(model.parameters())).device
     objective.learned().to(where)
     compute = device.compiled(objective.__call__, where) if config.compile else objective
     images, labels = images.to(where), labels if labels is None else labels.to(where)
-    nearest = None if objective.objective.nearest is None else objective.objective.nearest(images)
     # A last, smaller batch would make the MMD noisier: left out. The next epoch draws another order.
     per_epoch = len(images) // size
     steps = per_epoch * config.epochs
@@ -131,6 +132,11 @@ def train(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=steps)
     stateful = (model, objective.learned(), optimiser, schedule)
     done = checkpoint.load(*stateful, stopping=stopping) if checkpoint else 0
+    nearest = held_nearest = None
+    if count := config.objective.neighbours:
+        nearest = nearest_images(images, count, points_of or leading_components)
+        if stopping:
+            held_nearest = nearest_images(stopping.validation.images, count, points_of or leading_components)
     started = time.perf_counter()
     for step in range(done + 1, steps + 1):
         if stopping and stopping.stops:
@@ -151,7 +157,7 @@ def train(
         terms.loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
-        validation_loss = stopping.see(objective, model, size) if stopping and ends else None
+        validation_loss = stopping.see(objective, model, size, held_nearest) if stopping and ends else None
         elapsed = time.perf_counter() - started
         report(
             Progress(
@@ -172,12 +178,10 @@ def train(
     model.eval()
 
 
-def nested(
-    config: FitConfig, network: NetworkConfig, classes: int, points_of: Points = leading_components
-) -> Matryoshka:
+def nested(config: FitConfig, network: NetworkConfig, classes: int) -> Matryoshka:
     """The objective that `config` describes, over the prefixes of the network."""
     return Matryoshka(
-        objective=build(config.objective, network, classes, bfloat16=config.bfloat16, points_of=points_of),
+        objective=build(config.objective, network, classes, bfloat16=config.bfloat16),
         weights=config.prefix_weights,
         sampled_prefixes=config.prefixes_per_step,
     )

@@ -13,8 +13,10 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 COMPONENTS = 50
+_SIDE = 32  # of images, beyond which they are averaged down: who is near whom is told by coarse things
 _CHUNK = 500  # images at a time: 120 MB of distances to 60,000 others
 
 Points: TypeAlias = Callable[[Tensor], Tensor]
@@ -23,11 +25,18 @@ Points: TypeAlias = Callable[[Tensor], Tensor]
 
 def leading_components(images: Tensor) -> Tensor:
     """Points by pixels: the COMPONENTS principal components of these images that vary most."""
-    pixels = images.flatten(1).float()
+    pixels = torch.cat([_small(some).flatten(1) for some in torch.split(images, 1000)])
     pixels -= pixels.mean(0)
     _, directions = torch.linalg.eigh(pixels.T @ pixels)  # eigenvalues ascend
     points: Tensor = pixels @ directions[:, -COMPONENTS:]
     return points
+
+
+def _small(images: Tensor) -> Tensor:
+    """uint8 (n, height, width, channels) -> float (n, channels, height, width), of sides of at most _SIDE."""
+    pixels = images.permute(0, 3, 1, 2).float()
+    height, width = pixels.shape[2:]
+    return adaptive_avg_pool2d(pixels, (min(height, _SIDE), min(width, _SIDE)))
 
 
 def nearest_images(images: Tensor, count: int, points_of: Points = leading_components) -> Tensor:

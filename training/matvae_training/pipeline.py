@@ -22,7 +22,7 @@ from matvae_training.data import Split, hold_out, load, without
 from matvae_training.export import Servable
 from matvae_training.fit import Progress, fit
 from matvae_training.folder import summary
-from matvae_training.neighbours import leading_components
+from matvae_training.neighbours import Points
 from matvae_training.ordering import order
 from matvae_training.pca import fit_pca
 from matvae_training.run import Run
@@ -105,19 +105,14 @@ def fit_bundle(
     data = _prepare(source, out, threads)
     height, width, channels = data.shape
     network = dataclasses.replace(network, height=height, width=width, channels=channels)
-    points_of = leading_components
-    if (config.objective.neighbours_by == "codes") != (neighbours_of is not None):
-        raise FitError("neighbours by codes need a bundle of whose codes, and no others do")
-    if neighbours_of is not None:
-        first = _model(neighbours_of, data.shape)
-        points_of = lambda images: encode(first, images.cpu()).to(images.device)  # noqa: E731
+    points_of = None if neighbours_of is None else _points(neighbours_of, config.objective, data)
     repeat = {
         **data.known,
         "seed": str(config.seed),
         "epochs": str(config.epochs),
         "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
         "ordered": str(ordered).lower(),
-        **({} if neighbours_of is None else {"neighbours_of": neighbours_of.card.fingerprint}),
+        **({} if neighbours_of is None else {"neighbours_of": _origin(neighbours_of)}),
         **_circumstances(command),
     }
     kept = None
@@ -125,7 +120,8 @@ def fit_bundle(
         shaped = {"network": json.dumps(dataclasses.asdict(network), sort_keys=True)}
         kept = Run(run, {**repeat, **shaped}, resume=resume, tensorboard=tensorboard)
 
-    _say(f"fit: {len(data.train)} images, {config.epochs} epochs")
+    found = f", the {config.objective.neighbours} nearest of each first" if config.objective.neighbours else ""
+    _say(f"fit: {len(data.train)} images, {config.epochs} epochs{found}")
     model = fit(
         data.train.images,
         network,
@@ -194,6 +190,27 @@ def _model(bundle: Bundle, shape: tuple[int, int, int]) -> MatVae:
     weights = {f"{part}.{key}": value for part in ("encoder", "decoder") for key, value in bundle.part(part).items()}
     model.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in weights.items()})
     return model
+
+
+def _points(bundle: Bundle, objective: ObjectiveConfig, data: _Prepared) -> Points:
+    """The codes of a bundle of the same data. Raises FitError, also where it knows more of them than it may tell."""
+    model, known = _model(bundle, data.shape), bundle.card.provenance
+    for key in ("data_sha256", "split", "excluded_classes"):
+        if known.get(key) != data.known[key]:
+            raise FitError(f"{bundle.path} is of other data: its {key} is {known.get(key)}, not {data.known[key]}")
+    taught = json.loads(known.get("config", "{}")).get("objective", {})
+    if taught.get("heads", "none") != "none" and not objective.uses_labels:
+        raise FitError(f"{bundle.path} learned from labels: by its neighbours, so would an encoder that is to see none")
+    if taught.get("augmentation", "none") != "none":
+        raise FitError(f"{bundle.path} learned from augmented views: take one that saw single images")
+    return lambda images: encode(model, images.cpu()).to(images.device)
+
+
+def _origin(bundle: Bundle) -> str:
+    """What a card says of a bundle that it cannot be made again without."""
+    told = ("config", "seed", "commit", "command", "versions")
+    known = {key: bundle.card.provenance[key] for key in told if key in bundle.card.provenance}
+    return json.dumps({"fingerprint": bundle.card.fingerprint, **known})
 
 
 def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:

@@ -18,7 +18,7 @@ from matvae_training.config import FitError
 from matvae_training.tensorboard import Board
 
 FORMAT = 1
-SAME = ("config", "network", "data_sha256", "split", "excluded_classes")
+SAME = ("config", "network", "data_sha256", "split", "excluded_classes", "neighbours_of")
 """What must not differ between a run and its continuation."""
 
 

@@ -1,8 +1,8 @@
 """Early stopping: training ends when held-out images have not been fitted better for a while; the best weights stay.
 
 The images are a part of the training set that nothing else looks at; the test set is never among them. Their loss is
-the objective itself over all prefixes, in eval mode, with the same noise, prior samples and views after every epoch, so
-that two epochs differ by their weights alone.
+the objective itself over all prefixes, in eval mode, with the same noise, prior samples, views and partners after every
+epoch, so that two epochs differ by their weights alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from matvae_training.config import FitError
 from matvae_training.data import Split
@@ -38,9 +39,9 @@ class Stopping:
         """Whether patience is at its end."""
         return self.seen - self.epoch >= self.patience
 
-    def see(self, objective: Matryoshka, model: Network, batch_size: int) -> float:
+    def see(self, objective: Matryoshka, model: Network, batch_size: int, nearest: Tensor | None = None) -> float:
         """Note one more epoch's weights; returns their loss. Raises FitError: it is no number."""
-        loss = validation_loss(objective, model, self.validation, batch_size)
+        loss = validation_loss(objective, model, self.validation, batch_size, nearest)
         self.seen += 1
         if not math.isfinite(loss):
             raise FitError(f"epoch {self.seen}: the validation loss is {loss}; try a lower learning rate")
@@ -64,14 +65,16 @@ class Stopping:
 
 
 @torch.no_grad()
-def validation_loss(objective: Matryoshka, model: Network, validation: Split, batch_size: int) -> float:
+def validation_loss(
+    objective: Matryoshka, model: Network, validation: Split, batch_size: int, nearest: Tensor | None = None
+) -> float:
     """The objective's mean over whole batches of `validation`, or over all of it where it is less than one.
 
+    An objective of neighbours needs the `nearest` of each image, int64 (n, k), among those images themselves.
     Leaves the random numbers of training as they were.
     """
     device = next(model.parameters()).device
-    uses_labels, nearest_of = "heads" in objective.objective.terms, objective.objective.nearest
-    nearest = nearest_of(validation.images) if nearest_of else None
+    uses_labels = "heads" in objective.objective.terms
     size = min(batch_size, len(validation))
     losses = []
     model.eval()

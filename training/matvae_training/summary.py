@@ -58,7 +58,17 @@ class Run:
         values: dict[str, dict[str, dict[str, float]]] = {}
         for metric in card.metrics:
             values.setdefault(metric.name, {}).setdefault(metric.precision, {})[str(metric.dimensions)] = metric.value
-        told = ("dataset", "data_sha256", "split", "hardware", "versions", "commit", "command", "ordered_by")
+        told = (
+            "dataset",
+            "data_sha256",
+            "split",
+            "hardware",
+            "versions",
+            "commit",
+            "command",
+            "ordered_by",
+            "neighbours_of",
+        )
         return cls(
             name=card.name,
             fingerprint=card.fingerprint,

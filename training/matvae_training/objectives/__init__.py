@@ -10,12 +10,9 @@ To add one: a file with a `Term`, a field of `config.ObjectiveConfig`, a line in
 
 from __future__ import annotations
 
-import functools
-
 from matvae_server.card import NetworkConfig
 from matvae_training.augment import AUGMENTATIONS
 from matvae_training.config import ObjectiveConfig
-from matvae_training.neighbours import Points, leading_components, nearest_images
 from matvae_training.objectives.bernoulli import bernoulli
 from matvae_training.objectives.composition import Objective, Term
 from matvae_training.objectives.consistency import Contrast, alignment
@@ -28,18 +25,8 @@ from matvae_training.objectives.mutual import Mutual
 from matvae_training.objectives.squared_error import SquaredError
 
 
-def build(
-    config: ObjectiveConfig,
-    network: NetworkConfig,
-    classes: int,
-    *,
-    bfloat16: bool = False,
-    points_of: Points = leading_components,
-) -> Objective:
-    """The objective that `config` describes, without Matryoshka.
-
-    `classes` counts labels, where heads need them; `points_of` says who is near whom, where neighbours are wanted.
-    """
+def build(config: ObjectiveConfig, network: NetworkConfig, classes: int, *, bfloat16: bool = False) -> Objective:
+    """The objective that `config` describes, without Matryoshka. `classes` counts labels, where heads need them."""
     terms: dict[str, tuple[float, Term]] = {}
     reconstructions: dict[str, Term] = {
         "gaussian": gaussian,
@@ -76,7 +63,5 @@ def build(
         bfloat16=bfloat16,
         augment=AUGMENTATIONS.get(config.augmentation),
         paired=config.consistency != "none",
-        nearest=functools.partial(nearest_images, count=config.neighbours, points_of=points_of)
-        if config.neighbours
-        else None,
+        neighbours=config.neighbours > 0,
     )

@@ -125,8 +125,7 @@ class Objective:
 
     `sampled`: terms see codes drawn from the posterior, else its means. `decodes`: some term reads reconstructions.
     `augment` makes a view of uint8 images, which is then trained on in their place; `paired`: some term compares two
-    views, or, where there is `nearest`, an image and a partner: of uint8 images (n, ...) it tells the indices (n, k) of
-    those that are partners of each.
+    views or, with `neighbours`, an image and a partner.
     """
 
     terms: Mapping[str, tuple[float, Term]]
@@ -135,7 +134,7 @@ class Objective:
     bfloat16: bool = False
     augment: Callable[[Tensor], Tensor] | None = None
     paired: bool = False
-    nearest: Callable[[Tensor], Tensor] | None = None
+    neighbours: bool = False
 
     def learned(self) -> nn.ModuleDict:
         """The terms that have weights of their own to train."""
@@ -156,10 +155,13 @@ class Objective:
         `chosen` are the indices of the prefixes to compute, in ascending order; without it, all. `partners`, of the
         shape of the images, are what an objective of neighbours compares them with.
         """
-        views = [images] if self.augment is None else [self.augment(images) for _ in range(2 if self.paired else 1)]
-        if self.nearest:
+        if self.neighbours:
             assert partners is not None, "an objective of neighbours needs partners"
             views = [images, partners]
+        elif self.augment is not None:
+            views = [self.augment(images) for _ in range(2 if self.paired else 1)]
+        else:
+            views = [images]
         images, seen, other = views[0], torch.cat(views) if self.paired else views[0], None
         # In bfloat16 only the matrix products are: parameters, posterior and losses stay float32.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
