@@ -89,7 +89,7 @@ def test_real_neighbours_survive_the_funnel(
     gallery, queries = real
     exact = PrefixIndex(gallery).search(queries).ids
     found = FunnelIndex(gallery, schedule, precision=precision).search(queries).ids
-    short = PrefixIndex(gallery.truncate(16)).search(queries.truncate(16)).ids
+    short = PrefixIndex(gallery.truncate(4)).search(queries.truncate(4)).ids
     assert recall(found, exact) >= floor > recall(short, exact) + 0.2
 
 
@@ -278,8 +278,8 @@ def _saved(funnel: FunnelIndex, path: Path) -> FunnelIndex:
 
 def test_a_recall_out_of_reach_says_what_is_in_reach(real: tuple[Codes, Codes]) -> None:
     gallery = real[0]
-    with pytest.raises(InvalidRequestError, match=r"^recall: 1 was not reached within 4 bytes .* at most 0\.\d{4}"):
-        FunnelIndex.choose(gallery, recall=1.0, bytes_per_vector=4)
+    with pytest.raises(InvalidRequestError, match=r"^recall: 1 was not reached within 2 bytes .* at most 0\.\d{4}"):
+        FunnelIndex.choose(gallery, recall=1.0, bytes_per_vector=2)
     with pytest.raises(InvalidRequestError, match=r"^recall: 1\.5"):
         FunnelIndex.choose(gallery, recall=1.5)
     with pytest.raises(InvalidRequestError, match=r"^k: 10 is not from 1 to below the 10"):

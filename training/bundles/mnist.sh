@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `bundles/mnist` from a data root, as the packaged bundle is made, with narrower neighbourhoods.
+# `bundles/mnist` from a data root, as the packaged bundle is made, with more weight on neighbours, who are to be nearer.
 #   mnist.sh DATA_ROOT OUT [OPTION...]
 # Options are those of `matvae-train fit`, and replace those below. OUT-first is the bundle of the first pass.
 set -euo pipefail
