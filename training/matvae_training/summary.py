@@ -16,12 +16,14 @@ from typing import Any
 
 from matvae_server import bundle
 from matvae_server.card import Card
-from matvae_training.config import ObjectiveConfig, default_prefix_weights
+from matvae_training.config import FitConfig, ObjectiveConfig, default_prefix_weights
 
 FORMAT = 1
 TITLES = {"knn": "kNN", "logistic": "logistic head", "mlp": "MLP head", "recall@10": "recall@10"}
 SHOWN = "float32"
 """The precision that the page shows; the JSON has all."""
+_DEFAULT = {"prefix_weights": "default", "ordered": "true"}
+"""Of what a recipe has beside the configuration, or tells in other words."""
 COMPARED = ("mlp", "knn")
 """Metrics by which a prefix is compared with a model of that size."""
 
@@ -191,18 +193,23 @@ def _against(nested: Group, single: Group, groups: Sequence[Group]) -> Iterator[
 
 
 def _label(each: Group, groups: Sequence[Group]) -> str:
-    """What it is, with what its recipe has that those of its kind beside it do not all have."""
+    """What it is, with what its recipe has that those of its kind beside it do not all have; defaults go without."""
     kind = "Matryoshka" if each.nested else "single-size"
     others = [other.runs[0].recipe for other in groups if other.nested == each.nested]
     recipe = each.runs[0].recipe
-    differing = (key for key in recipe if any(key in other and other[key] != recipe[key] for other in others))
+    default = {**dataclasses.asdict(FitConfig()), **dataclasses.asdict(ObjectiveConfig()), **_DEFAULT}
+    differing = (
+        key
+        for key in recipe
+        if recipe[key] != default.get(key) and any(key in other and other[key] != recipe[key] for other in others)
+    )
     words = [f"{key.replace('_', ' ')} {recipe[key]}" for key in differing]
     return ", ".join([kind, *words])
 
 
 def _complete(recipe: dict[str, Any]) -> dict[str, Any]:
     """With the parts of an objective that did not exist yet when it was trained: they are what they are by default."""
-    return dataclasses.asdict(ObjectiveConfig()) | recipe if "reconstruction" in recipe else recipe
+    return dataclasses.asdict(ObjectiveConfig()) | recipe if "epochs" in recipe else recipe
 
 
 def _load(path: Path) -> list[Run]:
