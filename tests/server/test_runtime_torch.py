@@ -25,7 +25,7 @@ from matvae_server.slots import Ring, Slot
 from matvae_server.throughput import Work
 
 FP32 = 1e-4
-BF16 = 0.05
+BF16 = 0.1
 """What docs/gpu.md publishes as the most by which a code in bf16 differs from that in fp32."""
 INVARIANCE = 2e-5
 """Published for torch on a CPU, with what another processor's order of summation may add."""
@@ -239,6 +239,7 @@ def test_published_figures_hold(repository: Path, bundle: bundles.Bundle) -> Non
     published = json.loads((repository / "bench" / "results" / "runtimes-cpu.json").read_text())
     assert published["fingerprint"] == bundle.card.fingerprint, "measure again: python -m matvae_server.compare"
     assert published["difference"]["torch-cpu bf16"]["max"] < BF16
+    assert published["difference"]["torch-cpu bf16"]["rms"] < 0.002
     assert published["difference"]["onnxruntime fp32"]["max"] < FP32
     assert max(published["batch_invariance"].values()) < INVARIANCE
 
