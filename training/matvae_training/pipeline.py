@@ -14,15 +14,13 @@ import torch
 
 from matvae_server.bundle import Bundle
 from matvae_server.card import Card, NetworkConfig
-from matvae_server.network import MatVae
-from matvae_training import provenance
-from matvae_training.bundling import encode, table, write_bundle
+from matvae_training import earlier, provenance
+from matvae_training.bundling import table, write_bundle
 from matvae_training.config import FOLDER, OBJECTIVES, FitConfig, FitError, ObjectiveConfig
 from matvae_training.data import Split, hold_out, load, without
 from matvae_training.export import Servable
 from matvae_training.fit import Progress, fit
 from matvae_training.folder import summary
-from matvae_training.neighbours import Points
 from matvae_training.ordering import order
 from matvae_training.pca import fit_pca
 from matvae_training.run import Run
@@ -105,14 +103,16 @@ def fit_bundle(
     data = _prepare(source, out, threads)
     height, width, channels = data.shape
     network = dataclasses.replace(network, height=height, width=width, channels=channels)
-    points_of = None if neighbours_of is None else _points(neighbours_of, config.objective, data)
+    points_of = None
+    if neighbours_of is not None:
+        points_of = earlier.points_of(neighbours_of, config.objective, data.shape, data.known)
     repeat = {
         **data.known,
         "seed": str(config.seed),
         "epochs": str(config.epochs),
         "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
         "ordered": str(ordered).lower(),
-        **({} if neighbours_of is None else {"neighbours_of": _origin(neighbours_of)}),
+        **({} if neighbours_of is None else {"neighbours_of": earlier.origin(neighbours_of)}),
         **_circumstances(command),
     }
     kept = None
@@ -175,42 +175,10 @@ def order_bundle(bundle: Bundle, *, source: Source, out: Path, threads: int | No
             raise FitError(
                 f"{bundle.path} is of other data: its {key} is {card.provenance.get(key)}, not {data.known[key]}"
             )
-    model = _model(bundle, data.shape)
+    model = earlier.network(bundle, data.shape)
     order(model, data.train.images)
     known = {**card.provenance, **data.known, "ordered": "true", "ordered_by": json.dumps(_circumstances(command))}
     return _write(model, data, out, card.description, known)
-
-
-def _model(bundle: Bundle, shape: tuple[int, int, int]) -> MatVae:
-    """The network of a bundle that `fit_bundle` made of images of that shape. Raises FitError."""
-    network = bundle.card.network
-    if network.kind != "conv" or network.image_shape != shape:
-        raise FitError(f"{bundle.path} is no model of `matvae-train fit` for images of {shape}")
-    model = MatVae(network)
-    weights = {f"{part}.{key}": value for part in ("encoder", "decoder") for key, value in bundle.part(part).items()}
-    model.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in weights.items()})
-    return model
-
-
-def _points(bundle: Bundle, objective: ObjectiveConfig, data: _Prepared) -> Points:
-    """The codes of a bundle of the same data. Raises FitError, also where it knows more of them than it may tell."""
-    model, known = _model(bundle, data.shape), bundle.card.provenance
-    for key in ("data_sha256", "split", "excluded_classes"):
-        if known.get(key) != data.known[key]:
-            raise FitError(f"{bundle.path} is of other data: its {key} is {known.get(key)}, not {data.known[key]}")
-    taught = json.loads(known.get("config", "{}")).get("objective", {})
-    if taught.get("heads", "none") != "none" and not objective.uses_labels:
-        raise FitError(f"{bundle.path} learned from labels: by its neighbours, so would an encoder that is to see none")
-    if taught.get("augmentation", "none") != "none":
-        raise FitError(f"{bundle.path} learned from augmented views: take one that saw single images")
-    return lambda images: encode(model, images.cpu()).to(images.device)
-
-
-def _origin(bundle: Bundle) -> str:
-    """What a card says of a bundle that it cannot be made again without."""
-    told = ("config", "seed", "commit", "command", "versions")
-    known = {key: bundle.card.provenance[key] for key in told if key in bundle.card.provenance}
-    return json.dumps({"fingerprint": bundle.card.fingerprint, **known})
 
 
 def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
