@@ -99,6 +99,13 @@ def test_neighbours_of_a_model_that_knows_more(fitted, data_root, tmp_path, caps
     assert message in capsys.readouterr().err
 
 
+def test_a_first_bundle_is_not_replaced_by_the_second(fitted, data_root, capsys):
+    first = fitted[0] / "bundle"
+    words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(first)]
+    assert cli.main([*words, "--objective", "mmd-vae-neighbours", "--neighbours-of", str(first)]) == 2
+    assert "write the new one elsewhere" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -106,6 +113,7 @@ def test_neighbours_of_a_model_that_knows_more(fitted, data_root, tmp_path, caps
         (["--objective", "mmd-vae-neighbours", "--neighbours-of", ""], "no bundle ''"),
         (["--objective", "mmd-vae-neighbours", "--neighbours-of", "no-such"], "no bundle 'no-such'"),
         (["--objective", "mmd-vae-neighbours", "--neighbours-of", "fashion-mnist"], "images of (20, 20, 1)"),
+        (["--objective", "mmd-vae-neighbours", "--neighbours", "0"], "take mmd-vae-contrast"),
         (
             ["--objective", "mmd-vae-neighbours", "--neighbours", "0", "--augmentation", "none"],
             "choose an augmentation",

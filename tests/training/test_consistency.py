@@ -204,6 +204,9 @@ def test_whose_codes_decide_who_is_near(images):
     assert any(not torch.equal(models["pixels"][key], models["codes"][key]) for key in models["pixels"])
     expected = torch.arange(16).roll(8)[:, None]
     assert torch.equal(nearest_images(images, 1, points_of), expected)
+    many = dataclasses.replace(config, objective=dataclasses.replace(OBJECTIVES["mmd-vae-neighbours"], neighbours=16))
+    with pytest.raises(FitError, match="16 training images have no 16 neighbours"):
+        fit(images, SMALL, many, lambda _: None)
     with pytest.raises(FitError, match="whose codes"):
         fit(images, SMALL, config, lambda _: None)
 

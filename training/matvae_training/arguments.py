@@ -23,6 +23,7 @@ from matvae_training.config import (
     RECONSTRUCTIONS,
     SUITABLE,
     FitConfig,
+    FitError,
     ObjectiveConfig,
     default_prefix_weights,
 )
@@ -118,6 +119,8 @@ def objective(options: argparse.Namespace) -> ObjectiveConfig:
     parts = (*_PARTS, "biased", "neighbours")
     changes: dict[str, Any] = {name: getattr(options, name) for name in parts if getattr(options, name) is not None}
     consistent = changes.get("consistency", named.consistency) != "none"
+    if named.neighbours and changes.get("neighbours") == 0 and "augmentation" not in changes:
+        raise FitError("an objective of neighbours needs some: to compare two views, take mmd-vae-contrast")
     if changes.get("neighbours", named.neighbours):
         changes.setdefault("augmentation", "none")
     elif consistent:
@@ -170,7 +173,9 @@ def _add_data(fit: argparse.ArgumentParser) -> None:
         help="what the images of a folder are brought to; one channel is grey (32,32,3)",
     )
     fit.add_argument("--name", help="of the model (that of the data set, or of the folder)")
-    fit.add_argument("--out", type=Path, required=True, help="directory of the bundle, made if need be")
+    fit.add_argument(
+        "--out", type=Path, required=True, help="directory of the bundle, made if need be; a bundle in it is replaced"
+    )
     fit.add_argument(
         "--exclude-classes",
         type=lambda text: tuple(text.split(",")),

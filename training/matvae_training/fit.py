@@ -107,6 +107,10 @@ def train(
         raise FitError(f"{len(images)} training images do not fill one batch of {size}")
     if (config.objective.neighbours_by == "codes") != (points_of is not None):
         raise FitError("neighbours by codes, and no others, need to be told whose codes those are")
+    if config.objective.neighbours >= len(images):
+        raise FitError(
+            f"{len(images)} training images have no {config.objective.neighbours} neighbours each: ask for fewer"
+        )
     if config.objective.uses_labels and labels is None:
         raise FitError("an objective with heads needs the labels of the images")
     if config.objective.reconstruction != "none" and model.decoder is None:

@@ -100,6 +100,8 @@ def fit_bundle(
     cannot be written.
     """
     started = time.perf_counter()
+    if neighbours_of is not None and neighbours_of.path.resolve() == out.resolve():
+        raise FitError(f"{out} is the bundle whose neighbours are wanted: write the new one elsewhere")
     data = _prepare(source, out, threads)
     height, width, channels = data.shape
     network = dataclasses.replace(network, height=height, width=width, channels=channels)
