@@ -64,6 +64,11 @@ class Goal:
         return {"name": self.name, "values": values, "goal": goal, "reached": reached}
 
 
+def _share(one: str, other: str) -> Callable[[Callable[[str], dict[str, Any]]], float]:
+    """The images/s of a cell as a share of another's."""
+    return lambda cell: cell(one)["images_per_second"] / cell(other)["images_per_second"]
+
+
 GOALS = (
     Goal(
         name="64 images, 8 in flight, of the encoder's rate",
@@ -72,21 +77,17 @@ GOALS = (
     ),
     Goal(
         name="1 image, 64 in flight, of the echo's rate",
-        value=lambda cell: cell("ours 1 x 64")["requests_per_second"] / cell("echo 1 x 64")["requests_per_second"],
+        value=_share("ours 1 x 64", "echo 1 x 64"),
         least=0.7,
     ),
     Goal(
         name="1 image, 64 in flight on 8 connections, of the echo's rate on as many",
-        value=lambda cell: (
-            cell("ours 1 x 64 on 8")["requests_per_second"] / cell("echo 1 x 64 on 8")["requests_per_second"]
-        ),
+        value=_share("ours 1 x 64 on 8", "echo 1 x 64 on 8"),
         least=0.7,
     ),
     Goal(
         name="1 image, 64 in flight, two workers, of the echo's rate on one connection",
-        value=lambda cell: (
-            cell("two workers 1 x 64")["requests_per_second"] / cell("echo 1 x 64")["requests_per_second"]
-        ),
+        value=_share("two workers 1 x 64", "echo 1 x 64"),
         least=0.7,
     ),
     Goal(
@@ -100,14 +101,12 @@ GOALS = (
     ),
     Goal(
         name="two workers, 64 images, of one",
-        value=lambda cell: (
-            cell("two workers 64 x 8")["images_per_second"] / cell("one worker 64 x 8")["images_per_second"]
-        ),
+        value=_share("two workers 64 x 8", "one worker 64 x 8"),
         least=1.5,
     ),
     Goal(
         name=f"{CALLERS} callers of one image, coalesced, of plain",
-        value=lambda cell: cell("coalesced")["images_per_second"] / cell("plain")["images_per_second"],
+        value=_share("coalesced", "plain"),
         least=4.0,
     ),
 )

@@ -42,7 +42,7 @@ def _small(images: Tensor) -> Tensor:
 def nearest_images(images: Tensor, count: int, points_of: Points = leading_components) -> Tensor:
     """uint8 images (n, height, width, channels) -> indices of the `count` nearest others, or of all: int64 (n, k).
 
-    The time grows with the square of n: half a minute of one core for 60,000. Needs two images.
+    The time grows with the square of n. Needs two images.
     """
     points = points_of(images)
     squares = points.square().sum(1)
