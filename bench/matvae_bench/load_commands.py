@@ -24,6 +24,7 @@ def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> Non
     overload.add_argument("--server", metavar="HOST:PORT", help="one that runs (default: one of its own, on one core)")
     overload.add_argument("--images", type=whole_number(1), default=64, help="per request (default 64)")
     overload.add_argument("--seconds", type=duration, default=8, help="how long each load lasts (default 8)")
+    overload.add_argument("--repeats", type=whole_number(1), default=3, help="of all loads in turn (default 3)")
     overload.add_argument(
         "--load", type=positive, action="append", metavar="SHARE", help="of the saturating one; repeatable"
     )
@@ -107,6 +108,7 @@ def _overload(options: argparse.Namespace) -> None:
     settings = overload.Settings(
         images=options.images,
         seconds=options.seconds,
+        repeats=options.repeats,
         loads=tuple(sorted(options.load or overload.LOADS)),
         arrivals=options.arrivals,
         deadline=options.deadline,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -40,17 +41,24 @@ class Outcomes:
         codes = np.full(len(due), NO_ANSWER, np.int16)
         return cls(due=due, sent=nothing, done=nothing.copy(), codes=codes, images=images)
 
+    @classmethod
+    def joined(cls, runs: Sequence[Outcomes]) -> Outcomes:
+        """Those of several runs, each on its own clock."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: np.concatenate([getattr(run, name) for run in runs]) for name in fields})
+
     def counts(self, chosen: npt.NDArray[np.bool_] | slice = slice(None)) -> dict[str, int]:
         """Requests by the name of their status; together they are all that were due."""
         counted = Counter(self.codes[chosen].tolist())
         return {_NAMES[code]: count for code, count in sorted(counted.items())}
 
-    def summary(self, seconds: float, deadline: float, *, skip: float = 0.0) -> dict[str, Any]:
+    def summary(self, seconds: float, deadline: float, *, skip: float = 0.0, runs: int = 1) -> dict[str, Any]:
         """Rates from `skip` to `seconds`, latencies of the requests that were due then, and all requests by status.
 
         `goodput` is images/s whose answers came in that time. `latency_ms` counts from when a request was due,
         `service_ms` from when it was sent; both are of answered requests. `lateness_ms` is what lies between: the
-        loader's own doing. `unanswered` are requests of which the server said nothing within `deadline` seconds.
+        loader's own doing. `unanswered` are requests of which the server said nothing within `deadline` seconds. Rates
+        are the mean of as many `runs` as were joined.
         """
         window = (self.due >= skip) & (self.due < seconds)
         answered = self.codes == OK
@@ -60,7 +68,7 @@ class Outcomes:
         silent = (self.codes == NO_ANSWER) | (
             (self.codes == DEADLINE_EXCEEDED) & (self.done - self.sent > 0.98 * deadline)
         )
-        span = seconds - skip
+        span = runs * (seconds - skip)
         return {
             "requests": len(self.due),
             "offered": float(self.images[window].sum()) / span,

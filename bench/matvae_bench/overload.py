@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -12,6 +14,7 @@ from matvae_bench import closed_loop, open_loop, payloads
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.machine import core_pair, on_core
 from matvae_bench.open_loop import Offer
+from matvae_bench.outcomes import Outcomes
 from matvae_bench.output import Told, known, milliseconds, verdict
 from matvae_bench.server_process import ServerProcess
 
@@ -31,10 +34,14 @@ HEADINGS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`seconds` is how long a load lasts; `loads` are shares of the saturating one; `deadline` is in seconds."""
+    """`seconds` is how long a load lasts; `loads` are shares of the saturating one; `deadline` is in seconds.
+
+    All loads are offered in turn, `repeats` times: a slow minute of the machine strikes all alike.
+    """
 
     images: int = 64
     seconds: float = 8.0
+    repeats: int = 3
     loads: tuple[float, ...] = LOADS
     arrivals: Literal["poisson", "constant"] = "poisson"
     deadline: float = 5.0
@@ -58,18 +65,19 @@ def run(settings: Settings, *, target: str | None = None, server_flags: Sequence
             loader=settings.loader,
         )
         closed = closed_loop.run(address, payload, in_flight=_IN_FLIGHT, seconds=max(0.2, settings.seconds / 4))
+        brief = max(0.2, settings.seconds / 2)
         search = [
-            _point(settings, offer, closed["images_per_second"] * share, max(0.2, settings.seconds / 2), number)
+            _point(settings, [_offered(settings, offer, closed["images_per_second"] * share, brief, number)], brief)
             for number, share in enumerate(_SEARCH)
         ]
         saturation = max(point["goodput"] for point in search)
         if not saturation:
             raise BenchmarkError(f"{address} answered nothing in time under load: give the run more --seconds")
-        points = []
-        for number, load in enumerate(settings.loads):
+        runs: list[list[Outcomes]] = [[] for _ in settings.loads]
+        for repeat, (number, load) in itertools.product(range(settings.repeats), enumerate(settings.loads)):
             print(f"offering {load:g} x {saturation:,.0f} images/s", file=sys.stderr, flush=True)
-            point = _point(settings, offer, load * saturation, settings.seconds, 100 + number)
-            points.append({"load": load} | point)
+            seed = 100 * (repeat + 1) + number
+            runs[number].append(_offered(settings, offer, load * saturation, settings.seconds, seed))
             if server and server.process.poll() is not None:
                 raise BenchmarkError(f"the server ended at load {load:g}: {server.stop()[1]}")
         payloads.checked_call(address, payload)
@@ -80,7 +88,12 @@ def run(settings: Settings, *, target: str | None = None, server_flags: Sequence
         "closed_loop": closed | {"loader": closed_loop.loader()},
         "search": search,
         "saturation": saturation,
-        "points": _compared(points),
+        "points": _compared(
+            [
+                {"load": load} | _point(settings, of_load, settings.seconds)
+                for load, of_load in zip(settings.loads, runs, strict=True)
+            ]
+        ),
     }
 
 
@@ -110,8 +123,8 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
     unanswered = sum(point["unanswered"] for point in points)
     goodput, ratio, at = last["of_peak"], last["p99_ratio"], f"at {last['load']:g} x saturation"
     return [
-        {"name": f"goodput {at}, of its peak", "value": goodput, "goal": f"≥ {GOODPUT_GOAL}",
-         "reached": goodput >= GOODPUT_GOAL},
+        {"name": f"goodput {at}, of its peak", "value": goodput, "told": _share(last),
+         "goal": f"≥ {GOODPUT_GOAL}", "reached": goodput >= GOODPUT_GOAL},
         {"name": f"p99 {at}, of that at {REFERENCE:g}", "value": ratio, "goal": f"≤ {LATENCY_GOAL}",
          "reached": None if ratio is None else ratio <= LATENCY_GOAL},
         {"name": "requests without an answer", "value": unanswered, "goal": "0", "reached": not unanswered},
@@ -122,15 +135,17 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
 def tables(results: dict[str, Any]) -> list[Told]:
     """The curve and the goals, as titles, headings and rows; `results` may come out of a file."""
     settings = results["settings"]
+    repeats = settings.get("repeats", 1)  # earlier files have none
     title = (
-        f"{settings['images']} image(s) a request, {settings['arrivals']} arrivals, {settings['seconds']:g} s a load, "
+        f"{settings['images']} image(s) a request, {settings['arrivals']} arrivals, "
+        f"{f'{repeats} x ' if repeats > 1 else ''}{settings['seconds']:g} s a load, "
         f"saturated at {results['saturation']:,.0f} images/s; latencies count from when a request was due"
     )
     rows = [
         (
             f"{point['load']:g}",
             *(f"{point[key]:,.0f}" for key in ("offered", "sent", "goodput")),
-            f"{point['of_peak']:.2f}",
+            _share(point),
             *(milliseconds(point["latency_ms"][key]) for key in ("p50", "p99")),
             known(point["p99_ratio"], ".2f"),
             milliseconds(point["service_ms"]["p99"]),
@@ -142,34 +157,52 @@ def tables(results: dict[str, Any]) -> list[Told]:
         for point in results["points"]
     ]
     judged = [
-        (goal["name"], known(goal["value"], ".2f"), goal["goal"], verdict(goal["reached"])) for goal in goals(results)
+        (goal["name"], goal.get("told") or known(goal["value"], ".2f"), goal["goal"], verdict(goal["reached"]))
+        for goal in goals(results)
     ]
     return [(title, HEADINGS, rows), ("goals", ("what", "measured", "goal", "reached"), judged)]
 
 
-def _point(settings: Settings, offer: Offer, rate: float, seconds: float, seed: int) -> dict[str, Any]:
-    """One load, in images/s. The first second, or an eighth of the time, only fills the queues."""
+def _offered(settings: Settings, offer: Offer, rate: float, seconds: float, seed: int) -> Outcomes:
+    """What became of the requests of one load, in images/s."""
     due = open_loop.arrivals(rate / settings.images, seconds, kind=settings.arrivals, seed=seed)
     outcomes, _ = open_loop.run(offer, due, [payloads.raw(settings.images)])
-    point = outcomes.summary(seconds, settings.deadline, skip=min(1.0, seconds / 8))
+    return outcomes
+
+
+def _point(settings: Settings, runs: Sequence[Outcomes], seconds: float) -> dict[str, Any]:
+    """One load, offered several times. The first second, or an eighth of the time, only fills the queues."""
+    skip = min(1.0, seconds / 8)
+    point = Outcomes.joined(runs).summary(seconds, settings.deadline, skip=skip, runs=len(runs))
     late, p99 = point["lateness_ms"]["p99"] or 0.0, point["latency_ms"]["p99"] or 0.0
-    # Up to a tenth of what is told, and a millisecond in any case: then the latencies are the server's, not ours.
-    return point | {"kept_up": late <= max(1.0, p99 / 10)}
+    return point | {
+        "goodputs": [one.summary(seconds, settings.deadline, skip=skip)["goodput"] for one in runs],
+        # Up to a tenth of what is told, and a millisecond in any case: then the latencies are the server's, not ours.
+        "kept_up": late <= max(1.0, p99 / 10),
+    }
 
 
 def _compared(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    peak = max(point["goodput"] for point in points)
+    """Each point beside the best, repeat by repeat, and its tail beside that of the reference."""
+    best = max(points, key=lambda point: point["goodput"])
     reference = next((p["latency_ms"]["p99"] for p in points if p["load"] == REFERENCE), None)
     return [
         point
         | {
-            "of_peak": point["goodput"] / peak if peak else 0.0,
+            "shares": [a / b if b else 0.0 for a, b in zip(point["goodputs"], best["goodputs"], strict=True)],
+            "of_peak": point["goodput"] / best["goodput"] if best["goodput"] else 0.0,
             "p99_ratio": point["latency_ms"]["p99"] / reference
             if reference and point["latency_ms"]["p99"] is not None
             else None,
         }
         for point in points
     ]
+
+
+def _share(point: dict[str, Any]) -> str:
+    """Goodput as a share of the best load's, with the deviation from repeat to repeat."""
+    shares = point.get("shares", ())
+    return f"{point['of_peak']:.2f}" + (f" ± {statistics.stdev(shares):.2f}" if len(shares) > 1 else "")
 
 
 def _others(statuses: dict[str, int]) -> str:

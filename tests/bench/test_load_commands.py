@@ -29,7 +29,7 @@ def briefly(monkeypatch) -> None:
 
 def test_overload_of_a_running_server(server, tmp_path: Path, capsys) -> None:
     out, plot = tmp_path / "overload.json", tmp_path / "overload.png"
-    load = ("--seconds", "0.4", "--images", "4", "--load", "1.5", "--load", "0.8")
+    load = ("--seconds", "0.4", "--images", "4", "--repeats", "2", "--load", "1.5", "--load", "0.8")
     told = bench("overload", "--server", server.address, *load, "--out", str(out), "--plot", str(plot))
     assert plot.read_bytes().startswith(b"\x89PNG")
     results = json.loads(out.read_text())
@@ -37,10 +37,14 @@ def test_overload_of_a_running_server(server, tmp_path: Path, capsys) -> None:
     for point in results["points"]:
         assert sum(point["statuses"].values()) == point["requests"] > 0
         assert 0 <= point["of_peak"] <= 1
+        assert len(point["shares"]) == len(point["goodputs"]) == 2
+        assert point["goodput"] == pytest.approx(sum(point["goodputs"]) / 2)
+        assert point["offered"] == pytest.approx(point["load"] * results["saturation"], rel=0.5), "not both repeats"
     assert results["saturation"] > 0
     assert results["pinned"] is None, "the server is somebody else's"
     assert results["closed_loop"]["loader"]
     assert overload.goals(results)[0]["name"] in told
+    assert max(point["of_peak"] for point in results["points"]) == 1
     assert cli.main(["overload", "--from", str(out), "--markdown"]) == 0
     markdown = capsys.readouterr().out
     tables = re.findall(r"^\|.*\|$", markdown, re.MULTILINE)
