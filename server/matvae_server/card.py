@@ -65,8 +65,10 @@ class NetworkConfig:
             raise CardError(f"network: channels must be 1 (grey) or 3 (RGB), not {self.channels}")
         if (self.kind == "conv" and not self.conv_channels) or not self.prefixes:
             raise CardError("network: conv_channels and prefixes must not be empty")
-        if list(self.prefixes) != sorted(set(self.prefixes)) or self.prefixes[-1] != self.dimensions:
-            raise CardError(f"network: prefixes must ascend and end with dimensions={self.dimensions}: {self.prefixes}")
+        if list(self.prefixes) != sorted(set(self.prefixes)):
+            raise CardError(f"network: prefixes must ascend: {self.prefixes}")
+        if self.prefixes[-1] != self.dimensions:
+            raise CardError(f"network: prefixes must end with dimensions={self.dimensions}: {self.prefixes}")
 
     @classmethod
     def of_onnx(cls, image_shape: tuple[int, int, int], prefixes: tuple[int, ...]) -> Self:

@@ -219,7 +219,7 @@ def test_arguments_that_are_no_numbers_are_refused_by_name(data_root, tmp_path, 
         (("--validation", "600"), "cannot hold out 600 of 600"),
         (("--conv-channels", "0"), "at least 1"),
         (("--prefixes", "8,4"), "prefixes must ascend"),
-        (("--prefixes", "8,16", "--dimensions", "8"), "prefixes must ascend and end with dimensions=8"),
+        (("--prefixes", "8,16", "--dimensions", "8"), "prefixes must end with dimensions=8"),
         (("--divergence-weight", "nan"), "divergence_weight"),
         (("--reconstruction", "none"), "needs a reconstruction, heads or a contrast"),
         (("--lr", "1e30", "--batch-size", "64"), "step 2: the reconstruction of prefix"),
@@ -285,6 +285,11 @@ def test_corrupt_data_are_named(data_root, tmp_path, capsys, file, content):
     assert "Traceback" not in error
 
 
+def test_weights_that_do_not_fit_the_prefixes_are_refused_before_the_data_are_read(tmp_path, capsys):
+    assert fit(tmp_path / "nothing", tmp_path / "out", "--prefix-weights", "1,2") == 2
+    assert "needs 7 numbers" in capsys.readouterr().err
+
+
 def test_without_torch_help_works_and_training_names_the_extra():
     script = (
         "import sys; sys.modules['torch'] = None; from matvae_training.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -302,8 +307,17 @@ def test_without_torch_help_works_and_training_names_the_extra():
 
 def test_commands_are_quoted_and_carry_placeholders():
     words = ["fit", "--data-root", "/a/b", "--out=/c", "--prefix-weights", "1, 2"]
-    line = provenance.command("matvae-train", words, {"/a/b": "DATA_ROOT", "/c": "OUT"})
+    line = provenance.command("matvae-train", words, provenance.PATHS)
     assert line == "matvae-train fit --data-root DATA_ROOT --out=OUT --prefix-weights '1, 2'"
+
+
+def test_an_option_that_is_no_path_keeps_its_value_whatever_paths_are_called():
+    words = ["fit", "--dataset", "mnist", "--out", "mnist", "--data-root=mnist", "--name", "mnist"]
+    line = provenance.command("matvae-train", words, provenance.PATHS)
+    assert line == "matvae-train fit --dataset mnist --out OUT --data-root=DATA_ROOT --name mnist"
+    words = ["order", "runs/old", "--dataset", "mnist", "--out", "runs/new"]
+    line = provenance.command("matvae-train", words, provenance.PATHS, "runs/old", "BUNDLE")
+    assert line == "matvae-train order BUNDLE --dataset mnist --out OUT"
 
 
 def test_excluded_classes_are_in_nothing(data_root, tmp_path):

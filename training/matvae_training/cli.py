@@ -35,11 +35,10 @@ def _measure(options: argparse.Namespace, words: Sequence[str]) -> int:
         from matvae_training import measuring
     except ModuleNotFoundError as error:
         return _fail(EXTRA.format(module=error.name))
-    paths = {str(options.data_root): "DATA_ROOT", str(options.out): "OUT"}
-    if hasattr(options, "bundle"):
-        paths[options.bundle] = Path(options.bundle).name
+    path = getattr(options, "bundle", "")
+    command = provenance.command("matvae-train", words, provenance.PATHS, path, Path(path).name)
     try:
-        measuring.run(options, provenance.command("matvae-train", words, paths))
+        measuring.run(options, command)
     except (DataError, FitError, CardError, bundle.BundleError) as error:
         return _fail(str(error))
     except OSError as error:
@@ -106,12 +105,9 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
         from matvae_training.export import ExportError
     except ModuleNotFoundError as error:
         return _fail(EXTRA.format(module=error.name))
-    paths = {str(options.data_root): "DATA_ROOT", str(options.out): "OUT", str(log_file): "LOG", str(run): "RUN"}
-    first = getattr(options, "neighbours_of", None)
-    for path, stands_for in ((getattr(options, "bundle", None), "BUNDLE"), (first, "FIRST")):
-        if path and path not in bundle.packaged():
-            paths[path] = stands_for
-    command = provenance.command("matvae-train", words, paths)
+    first, path = getattr(options, "neighbours_of", None), getattr(options, "bundle", "")
+    paths = provenance.PATHS if first in bundle.packaged() else provenance.PATHS | {"--neighbours-of": "FIRST"}
+    command = provenance.command("matvae-train", words, paths, "" if path in bundle.packaged() else path, "BUNDLE")
     source = pipeline.Source(
         dataset=options.dataset,
         root=options.data_root,

@@ -189,3 +189,8 @@ class FitConfig:
             _check_number(name, getattr(self, name))
         if not all(math.isfinite(weight) and weight >= 0 for weight in self.prefix_weights):
             raise FitError(f"prefix_weights must be finite numbers of at least 0: {self.prefix_weights}")
+
+    def check_weights(self, prefixes: tuple[int, ...]) -> None:
+        """Raises FitError where there is not one weight for each of a network's prefixes."""
+        if len(self.prefix_weights) != len(prefixes):
+            raise FitError(f"prefix_weights needs {len(prefixes)} numbers, one for each of {prefixes}")

@@ -101,8 +101,7 @@ def train(
     checkpoint raises.
     """
     network, size = model.config, config.batch_size
-    if len(config.prefix_weights) != len(network.prefixes):
-        raise FitError(f"prefix_weights needs {len(network.prefixes)} numbers, one for each of {network.prefixes}")
+    config.check_weights(network.prefixes)
     if len(images) < size:
         raise FitError(f"{len(images)} training images do not fill one batch of {size}")
     if (config.objective.neighbours_by == "codes") != (points_of is not None):

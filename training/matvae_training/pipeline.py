@@ -100,6 +100,7 @@ def fit_bundle(
     cannot be written.
     """
     started = time.perf_counter()
+    config.check_weights(network.prefixes)  # before the data are read
     if neighbours_of is not None and neighbours_of.path.resolve() == out.resolve():
         raise FitError(f"{out} is the bundle whose neighbours are wanted: write the new one elsewhere")
     data = _prepare(source, out, threads)

@@ -9,15 +9,28 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+PATHS = {"--data-root": "DATA_ROOT", "--out": "OUT", "--log": "LOG", "--run": "RUN"}
+"""What stands for the paths of a machine."""
+
 PACKAGES = ("matvae", "torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime")
 
 
-def command(program: str, arguments: Sequence[str], paths: Mapping[str, str]) -> str:
-    """The command line as one would type it, each path in `paths` (path to placeholder) replaced by its placeholder."""
-    words = []
+def command(program: str, arguments: Sequence[str], paths: Mapping[str, str], bundle: str = "", name: str = "") -> str:
+    """The command line as one would type it, with a placeholder in the place of a path.
+
+    `paths` has the placeholder of each option that takes one; the argument `bundle`, a path too, becomes `name`.
+    """
+    words: list[str] = []
+    before = ""
     for word in arguments:
-        flag, equals, value = word.partition("=")
-        words.append(f"{flag}={paths[value]}" if equals and value in paths else paths.get(word, word))
+        option, equals, _ = word.partition("=")
+        if before in paths:
+            words.append(paths[before])
+        elif equals and option in paths:
+            words.append(f"{option}={paths[option]}")
+        else:
+            words.append(name if bundle and word == bundle else word)
+        before = word
     return shlex.join([program, *words])
 
 

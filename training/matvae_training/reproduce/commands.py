@@ -22,8 +22,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    paths = {str(options.data_root): "DATA_ROOT", str(options.out): "OUT"}
-    command = provenance.command("matvae-train", words, paths)
+    command = provenance.command("matvae-train", words, provenance.PATHS)
     if options.command == "reproduce":
         from matvae_training.reproduce.records import Results
         from matvae_training.reproduce.run import VARIANTS, Amount, reproduce
