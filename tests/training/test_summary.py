@@ -8,6 +8,7 @@ import pytest
 
 from matvae_server import bundle
 from matvae_training import cli, summary
+from matvae_training.config import OBJECTIVES
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +69,32 @@ def test_a_prefix_is_compared_with_a_model_of_that_size(packaged):
     nested = [variant(packaged, seed=seed, add=seed / 100, fingerprint=str(seed)) for seed in (0, 1)]
     single = [variant(packaged, prefixes=(m,), add=0.01, fingerprint=name) for m, name in ((8, "a"), (32, "b"))]
     page = summary.render([*nested, *single])
-    assert "| points above the single-size model | 8 | 32 |" in page
-    assert row(page, "MLP head") == row(page, "kNN") == ["\N{MINUS SIGN}0.50"] * 2
+    assert "| model | above | metric | 8 | 32 |" in page
+    for title in ("MLP head", "kNN"):
+        assert row(page, "Matryoshka", "single-size", title) == ["\N{MINUS SIGN}0.50"] * 2
     found = row(page, "single-size", "0", "10,000 test", "MLP head")
     assert found == ["", "", f"{value(single[0], 'mlp', 8):.2f}", "", f"{value(single[1], 'mlp', 32):.2f}", "", ""]
+
+
+@pytest.mark.parametrize("told", [{"heads": "untied"}, {"augmentation": "garments"}])
+def test_models_that_were_told_more_are_not_compared(packaged, told):
+    nested, single = variant(packaged, fingerprint="0"), variant(packaged, prefixes=(8,), fingerprint="a")
+    above = "| model | above |"
+    assert above in summary.render([nested, single])
+    told_more = dataclasses.replace(nested, recipe=nested.recipe | told)
+    assert above not in summary.render([told_more, single])
+    assert above in summary.render([told_more, dataclasses.replace(single, recipe=single.recipe | told)])
+
+
+def test_recipes_are_called_by_the_objective_that_they_change_least(packaged):
+    nested = variant(packaged, fingerprint="0")
+    assert nested.recipe["consistency_weight"] == 0.1, "0.2 by default"
+    plain = dataclasses.asdict(OBJECTIVES["mmd-vae"])
+    page = summary.render([nested, dataclasses.replace(nested, recipe=nested.recipe | plain)])
+    assert row(page, "Matryoshka, mmd-vae", "0", "10,000 test", "kNN")
+    assert row(
+        page, "Matryoshka, mmd-vae-neighbours, consistency weight 0.1, neighbours by codes", "0", "10,000 test", "kNN"
+    )
 
 
 def test_what_it_writes_is_read_again_and_each_run_counts_once(packaged, tmp_path, capsys):

@@ -8,6 +8,7 @@ say of every run, so the page can be rendered again from it, and more runs can b
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from matvae_server import bundle
 from matvae_server.card import Card
-from matvae_training.config import FitConfig, ObjectiveConfig, default_prefix_weights
+from matvae_training.config import OBJECTIVES, FitConfig, ObjectiveConfig, default_prefix_weights
 
 FORMAT = 1
 TITLES = {"knn": "kNN", "logistic": "logistic head", "mlp": "MLP head", "recall@10": "recall@10"}
@@ -96,6 +97,21 @@ class Group:
         return len(self.runs[0].prefixes) > 1
 
     @property
+    def objective(self) -> str:
+        """The name of the objective, or of that which theirs differs least from; nothing where the recipe has none."""
+        recipe = self.runs[0].recipe
+        if "reconstruction" not in recipe:
+            return ""
+        known = {name: dataclasses.asdict(config) for name, config in OBJECTIVES.items()}
+        return min(known, key=lambda name: sum(recipe[key] != value for key, value in known[name].items()))
+
+    @property
+    def tier(self) -> tuple[bool, bool]:
+        """Whether the encoder saw labels, and augmented views: models of other tiers are not compared."""
+        recipe = self.runs[0].recipe
+        return recipe.get("heads", "none") != "none", recipe.get("augmentation", "none") != "none"
+
+    @property
     def prefixes(self) -> list[int]:
         """Every size that some run was trained at."""
         return sorted({m for run in self.runs for m in run.prefixes})
@@ -158,9 +174,7 @@ def _lines(groups: Sequence[Group]) -> Iterator[str]:
         of_name = [each for each in groups if each.runs[0].name == name]
         yield f"\n## {name}\n"
         yield from _table(of_name)
-        for nested in (each for each in of_name if each.nested):
-            for single in (each for each in of_name if not each.nested):
-                yield from _against(nested, single, of_name)
+        yield from _against(of_name)
 
 
 def _table(groups: Sequence[Group]) -> Iterator[str]:
@@ -177,34 +191,44 @@ def _table(groups: Sequence[Group]) -> Iterator[str]:
             yield f"| {_label(each, groups)} | {seeds} | {first.n:,} {first.split} | {title} | {cells} |"
 
 
-def _against(nested: Group, single: Group, groups: Sequence[Group]) -> Iterator[str]:
-    shared = [m for m in nested.prefixes if single.values("mlp", m)]
-    if not shared:
+def _against(groups: Sequence[Group]) -> Iterator[str]:
+    """Each nested model beside every single-size one that was told as much: of labels, of augmented views."""
+    prefixes = sorted({m for each in groups if not each.nested for m in each.prefixes})
+    pairs = [
+        (nested, single)
+        for nested, single in itertools.product(groups, groups)
+        if nested.nested and not single.nested and nested.tier == single.tier
+    ]
+    if not pairs:
         return
-    yield f"\n{_label(nested, groups)} against {_label(single, groups)} of each size:\n"
-    yield f"| points above the single-size model | {' | '.join(map(str, shared))} |"
-    yield "|---|" + "---:|" * len(shared)
-    for metric in COMPARED:
-        cells = []
-        for m in shared:
-            difference = statistics.fmean(nested.values(metric, m)) - statistics.fmean(single.values(metric, m))
-            cells.append(f"{difference:+.2f}".replace("-", "\N{MINUS SIGN}"))
-        yield f"| {TITLES[metric]} | {' | '.join(cells)} |"
+    yield "\nPoints by which a prefix is above the single-size model of its size:\n"
+    yield f"| model | above | metric | {' | '.join(map(str, prefixes))} |"
+    yield "|---|---|---|" + "---:|" * len(prefixes)
+    for nested, single in pairs:
+        for metric in COMPARED:
+            cells = []
+            for m in prefixes:
+                ours, theirs = nested.values(metric, m), single.values(metric, m)
+                difference = f"{statistics.fmean(ours) - statistics.fmean(theirs):+.2f}" if ours and theirs else ""
+                cells.append(difference.replace("-", "\N{MINUS SIGN}"))
+            names = f"{_label(nested, groups)} | {_label(single, groups)}"
+            yield f"| {names} | {TITLES[metric]} | {' | '.join(cells)} |"
 
 
 def _label(each: Group, groups: Sequence[Group]) -> str:
-    """What it is, with what its recipe has that those of its kind beside it do not all have; defaults go without."""
+    """What it is: its objective, unless it is that of all, and what its recipe has that neither is usual nor common."""
     kind = "Matryoshka" if each.nested else "single-size"
+    recipe, objective = each.runs[0].recipe, each.objective
+    default = {**dataclasses.asdict(FitConfig()), **dataclasses.asdict(OBJECTIVES[objective or "mmd-vae"]), **_DEFAULT}
     others = [other.runs[0].recipe for other in groups if other.nested == each.nested]
-    recipe = each.runs[0].recipe
-    default = {**dataclasses.asdict(FitConfig()), **dataclasses.asdict(ObjectiveConfig()), **_DEFAULT}
     differing = (
         key
         for key in recipe
         if recipe[key] != default.get(key) and any(key in other and other[key] != recipe[key] for other in others)
     )
     words = [f"{key.replace('_', ' ')} {recipe[key]}" for key in differing]
-    return ", ".join([kind, *words])
+    named = [objective] if len({other.objective for other in groups}) > 1 else []
+    return ", ".join([kind, *named, *words])
 
 
 def _complete(recipe: dict[str, Any]) -> dict[str, Any]:
