@@ -244,10 +244,9 @@ class EmbeddingClient:
         FingerprintMismatchError for codes of another model, and InvalidRequestError for codes that do not start at
         offset 0, are shorter than every trained prefix, or hold values that are not finite.
         """
-        seconds = self._seconds(timeout)
-        return decode(
-            codes, self.model(), self._model_name, lambda request: self._call(self._stub.Decode, request, seconds)
-        )
+        seconds, card = self._seconds(timeout), self.model()
+        most = most_images(card.limits.max_queue_images)
+        return decode(codes, card, self._model_name, lambda request: self._connection.decode(request, most, seconds))
 
     def galleries(self) -> tuple[GallerySummary, ...]:
         """The galleries that the server keeps: codes to be pulled."""

@@ -14,7 +14,7 @@ from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_client import _in_flight
 from matvae_client._credentials import Credentials, open_channel
 from matvae_client._errors import DeadlineError, UnavailableError, from_rpc_error
-from matvae_client._in_flight import Place
+from matvae_client._in_flight import InFlight, Place
 
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
@@ -86,7 +86,8 @@ class Sent:
 class Connection:
     """Calls to `target`, each with a deadline in seconds. A `channel` that is given is left open by `close`.
 
-    `in_flight` is what this process has under way to the target, or on the channel that is given.
+    `in_flight` is what this process has under way to the target, or on the channel that is given; `decoding` the same
+    of codes to be decoded, which wait in a queue of their own there.
     """
 
     def __init__(self, target: str, channel: grpc.Channel | None, credentials: Credentials | None = None) -> None:
@@ -95,6 +96,7 @@ class Connection:
         self._channel = channel or open_channel(target, credentials, _CHANNEL_OPTIONS)
         self.stub = pb_grpc.EmbeddingServiceStub(self._channel)
         self.in_flight = _in_flight.to(channel or target)
+        self.decoding = _in_flight.to((channel or target, "Decode"))
 
     def close(self) -> None:
         """Close the channel; calls that are running fail with UnavailableError."""
@@ -107,11 +109,13 @@ class Connection:
 
     def embed(self, request: pb.EmbedRequest, images: int, most: int, seconds: float) -> pb.EmbedResponse:
         """The reply to a request of so many images, when there is a place for them among `most`."""
-        place, left = self._place(images, most, seconds)
-        try:
-            return self._call(self.stub.Embed, request, left, seconds)
-        finally:
-            place.release()
+        place, left = self._place(self.in_flight, images, most, seconds)
+        return self._call_in(place, self.stub.Embed, request, left, seconds)
+
+    def decode(self, request: pb.DecodeRequest, most: int, seconds: float) -> pb.DecodeResponse:
+        """The images of codes, when there is a place for them among `most`."""
+        place, left = self._place(self.decoding, request.codes.count, most, seconds)
+        return self._call_in(place, self.stub.Decode, request, left, seconds)
 
     def start(self, request: pb.EmbedRequest, images: int, most: int, seconds: float, *, wait: bool) -> Sent | None:
         """The same, under way; None where there is no place at once and the caller will not `wait` for one."""
@@ -119,7 +123,7 @@ class Connection:
         if place is None:
             if not wait:
                 return None
-            place, left = self._place(images, most, seconds)
+            place, left = self._place(self.in_flight, images, most, seconds)
         return self.start_in(place, request, left, seconds)
 
     def start_in(self, place: Place, request: pb.EmbedRequest, left: float, seconds: float) -> Sent:
@@ -160,14 +164,27 @@ class Connection:
         except ValueError as error:  # what grpc says of a closed channel
             raise self._closed(error) from error
 
-    def _place(self, images: int, most: int, seconds: float) -> tuple[Place, float]:
+    def _call_in(
+        self,
+        place: Place,
+        method: grpc.UnaryUnaryMultiCallable[Request, Reply],
+        request: Request,
+        left: float,
+        seconds: float,
+    ) -> Reply:
+        try:
+            return self._call(method, request, left, seconds)
+        finally:
+            place.release()
+
+    def _place(self, among: InFlight, images: int, most: int, seconds: float) -> tuple[Place, float]:
         """A place for a call, and how many of its `seconds` are left then."""
-        place = self.in_flight.take(images, most)
+        place = among.take(images, most)
         if place is not None:
             return place, seconds
         started = time.monotonic()
         try:
-            place = self.in_flight.wait(images, most, seconds)
+            place = among.wait(images, most, seconds)
         except TimeoutError:
             raise DeadlineError(
                 f"within {seconds:g} s this process had {most} images under way to {self._target}, as many as it may: "

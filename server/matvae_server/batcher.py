@@ -24,6 +24,7 @@ import numpy.typing as npt
 _ENOUGH = 32  # images, from which a batch gains little by growing
 _LARGE = 8  # images, from which a request is a batch that a CPU computes at nearly its best rate
 _PAUSE_SECONDS = 0.005  # after which a request waits for no other
+_HURRY = 4  # times as long as others may be waited for: whose deadline is nearer than that waits for nobody
 _FORGET_SECONDS = 0.5
 """How long it counts that waiting was in vain."""
 
@@ -125,14 +126,19 @@ class Batcher:
         self._handed = 0
         self._patience = _Patience()
         self._timer: asyncio.TimerHandle | None = None
+        self._hurry = False  # someone waits who cannot wait for company
         self._idle_since = 0.0
         self._about_to_look = False
         self._batches: queue.SimpleQueue[list[_Work] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
         self._thread.start()
 
-    async def encode(self, images: Pixels) -> Encoded:
-        """Encode images, any number of them. Raises what the encoder raises; the next batch is not affected."""
+    async def encode(self, images: Pixels, seconds_left: float | None = None) -> Encoded:
+        """Encode images, any number of them. Raises what the encoder raises; the next batch is not affected.
+
+        Where few `seconds_left` (None: no deadline) are left to their caller, they wait for no others.
+        """
+        self._hurry |= seconds_left is not None and seconds_left < _HURRY * self._patience.seconds
         result: asyncio.Future[Encoded] = self._loop.create_future()
         self._waiting.append(_Work(images, result, time.perf_counter()))
         self._images += len(images)
@@ -161,7 +167,7 @@ class Batcher:
                 return
             if not self._handed and self._waiting[0].queued - self._idle_since > _PAUSE_SECONDS:
                 self._patience.pause()
-            if not ripe and self._images < self._patience.images:
+            if not ripe and not self._hurry and self._images < self._patience.images:
                 if not self._handed and self._timer is None:
                     self._timer = self._loop.call_later(self._patience.seconds, self._wait_no_longer)
                 return
@@ -178,6 +184,7 @@ class Batcher:
             self._timer.cancel()
             self._timer = None
         self._handed += 1
+        self._hurry = False
         self._batches.put(self._next())
 
     def _next(self) -> list[_Work]:

@@ -23,9 +23,9 @@ With the status that it would have as a call. Must not raise.
 class Call:
     """One call. The transport fills the first block, the core the second.
 
-    `seconds` is how long the caller waits, None where without end. Durations are in seconds; those of a stream, like
-    what its codes are, are of its latest message, its counts of all; `parts` is how many messages it had. `bytes_out`
-    are those of the codes.
+    `seconds` is how long the caller waits, None where without end. `codes` are those to be decoded. Durations are in
+    seconds; those of a stream, like what its codes are, are of its latest message, its counts of all; `parts` is how
+    many messages it had. `bytes_out` are those of the codes.
     """
 
     method: str
@@ -37,6 +37,7 @@ class Call:
     model: str = ""
     images: int = 0
     failed_images: int = 0
+    codes: int = 0
     dimensions: int = 0
     precision: str = ""
     bytes_out: int = 0

@@ -68,6 +68,10 @@ class Metrics:
         self._messages = prometheus.Counter(
             "matvae_stream_messages", "Messages of streams that are over.", ("code",), registry=registry
         )
+        self._sent = prometheus.Counter(
+            "matvae_request_images", "Images, or codes to be decoded, of what is over.", ("method", "code"),
+            registry=registry,
+        )  # fmt: skip
         slices = ("model", "dimensions", "precision")
         self._images = prometheus.Counter(
             "matvae_images", "Images that were sent to be encoded.", (*slices, "outcome"), registry=registry
@@ -92,6 +96,7 @@ class Metrics:
         # What `labels` returns, kept: looking it up costs more than counting.
         self._ended: dict[tuple[str, grpc.StatusCode], tuple[prometheus.Counter, prometheus.Histogram]] = {}
         self._answered: dict[grpc.StatusCode, prometheus.Counter] = {}
+        self._sent_by: dict[tuple[str, grpc.StatusCode], prometheus.Counter] = {}
         self._sliced: dict[tuple[str, int, str], tuple[prometheus.Counter, ...]] = {}
         self._waited: dict[str, prometheus.Histogram] = {}
         self._batched: dict[str, tuple[prometheus.Histogram, prometheus.Histogram]] = {}
@@ -101,12 +106,13 @@ class Metrics:
         try:
             count, seconds = self._ended[call.method, code]
         except KeyError:
-            method = call.method if call.method in _METHODS else OTHER
+            method = _method(call)
             count, seconds = self._requests.labels(method, code.name), self._request_seconds.labels(method)
             self._ended[call.method, code] = count, seconds
         count.inc()
         seconds.observe(call.total_seconds)
         if call.model and not call.parts:  # those of a stream were observed as they were answered
+            self._observe_sent(call, code)
             self._observe_codes(call, code)
 
     def observe_part(self, part: Call, code: grpc.StatusCode) -> None:
@@ -117,7 +123,18 @@ class Metrics:
             count = self._answered[code] = self._messages.labels(code.name)
         count.inc()
         if part.model:
+            self._observe_sent(part, code)
             self._observe_codes(part, code)
+
+    def _observe_sent(self, part: Call, code: grpc.StatusCode) -> None:
+        """What a call, or a message of a stream, sent to be encoded or decoded."""
+        if images := part.images or part.codes:
+            key = part.method, code
+            try:
+                sent = self._sent_by[key]
+            except KeyError:
+                sent = self._sent_by[key] = self._sent.labels(_method(part), code.name)
+            sent.inc(images)
 
     def _observe_codes(self, part: Call, code: grpc.StatusCode) -> None:
         """A request for codes is over, be it a call or a message of a stream."""
@@ -219,6 +236,10 @@ class _Published:
         self._seen |= identities
         for labels in self._seen:
             self._info.labels(*labels).set(labels in identities)
+
+
+def _method(call: Call) -> str:
+    return call.method if call.method in _METHODS else OTHER
 
 
 def _prefixes(model: Model) -> tuple[int, ...]:

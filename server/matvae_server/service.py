@@ -211,7 +211,7 @@ class EmbeddingCore:
         card = model.bundle.card
         decoder.check(codes, card, self._limits)
         call.model, call.dimensions = card.name, decoder.prefix_of(codes.dimensions, card)
-        call.precision = codec.PRECISION_NAMES[codes.precision]
+        call.precision, call.codes = codec.PRECISION_NAMES[codes.precision], codes.count
         images = await self._decoders.decode_codes(model.decoder, codes, call.seconds_left)
         return pb.DecodeResponse(
             images=pb.RawImages(pixels=images.tobytes(), shape=images.shape), dimensions=call.dimensions
@@ -251,7 +251,7 @@ class EmbeddingCore:
     async def _encode(self, model: Model, pixels: Pixels, call: Call) -> Encoded:
         if not len(pixels):
             return Encoded(np.empty((0, model.bundle.card.network.dimensions), np.float32), True, 0.0, 0.0)
-        encoded = await model.batcher.encode(pixels)
+        encoded = await model.batcher.encode(pixels, call.seconds_left)
         call.queue_seconds, call.encode_seconds = encoded.queue_seconds, encoded.encode_seconds
         return encoded
 

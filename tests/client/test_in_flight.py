@@ -164,6 +164,21 @@ def test_waiting_for_a_place_ends_with_the_calls_deadline(faulty: FaultyServer, 
         assert len(client.embed(faulty.images(size))) == size
 
 
+def test_codes_to_be_decoded_wait_for_places_of_their_own(server: ServerProcess, images: LabelledImages) -> None:
+    with EmbeddingClient(server.address) as client:
+        codes = client.embed(images.gallery_images[:3])
+        most = in_flight.most_images(client.model().limits.max_queue_images)
+        places = in_flight.to((server.address, "Decode"))
+        held = places.take(most, most)
+        assert held is not None
+        with pytest.raises(DeadlineError, match="under way"):
+            client.decode(codes, timeout=0.1)
+        assert len(client.embed(images.gallery_images[:3])) == 3, "the encoder's queue is another"
+        held.release()
+        assert len(client.decode(codes)) == 3
+        assert places.images == 0
+
+
 def test_a_request_larger_than_the_bound_is_sent(faulty: FaultyServer) -> None:
     faulty.described.limits.max_queue_images = 3
     with EmbeddingClient(faulty.address) as client:

@@ -156,6 +156,29 @@ def test_in_a_crowd_a_batch_waits_for_as_many_as_paid_before(
     assert expected == (1 if waits else 3)
 
 
+@pytest.mark.parametrize(("seconds_left", "waits"), [(None, True), (60.0, True), (0.01, False)])
+def test_who_has_little_time_left_waits_for_nobody(
+    monkeypatch: pytest.MonkeyPatch, seconds_left: float | None, waits: bool
+) -> None:
+    """Else a deadline that could be met, and was let in for that, would pass while others are waited for."""
+    encode = Recorder()
+    encode.release.set()
+    timers = []
+
+    async def run() -> None:
+        one = Batcher(encode, max_batch=64)
+        one._idle_since = float("inf")  # just now
+        one._patience.images = 32
+        later = one._loop.call_later
+        monkeypatch.setattr(one._loop, "call_later", lambda s, then: timers.append(s) or later(0, then))
+        await one.encode(labelled(1), seconds_left)
+        await one.close()
+
+    asyncio.run(run())
+    assert bool(timers) == waits
+    assert encode.batches == [1]
+
+
 def test_patience_grows_while_it_pays_and_remembers_for_a_while_that_it_did_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -89,6 +89,8 @@ def test_metrics_count_what_was_called(observed: tuple[ServerProcess, pb_grpc.Em
         pb.EmbedStreamRequest(id=3, request=pb.EmbedRequest(raw=raw(1), dimensions=129)),
     ]
     assert len(list(stub.EmbedStream(iter(stream), timeout=TIMEOUT))) == 3
+    codes = stub.Embed(pb.EmbedRequest(raw=raw(2), dimensions=8), timeout=TIMEOUT).codes
+    assert stub.Decode(pb.DecodeRequest(codes=codes), timeout=TIMEOUT).images.shape[0] == 2
 
     samples = scrape(metrics_url(server))
     requests = {
@@ -98,12 +100,19 @@ def test_metrics_count_what_was_called(observed: tuple[ServerProcess, pb_grpc.Em
     }
     assert requests == {
         ("GetModel", "OK"): 1,
-        ("Embed", "OK"): 5,
+        ("Embed", "OK"): 6,
         ("Embed", "INVALID_ARGUMENT"): 1,
         ("Embed", "NOT_FOUND"): 1,
         ("EmbedStream", "OK"): 1,
+        ("Decode", "OK"): 1,
     }
-    assert value(samples, "request_seconds_count", method="Embed") == 7
+    sent = {
+        (dict(labels)["method"], dict(labels)["code"]): count
+        for (metric, labels), count in samples.items()
+        if metric == "matvae_request_images_total"
+    }
+    assert sent == {("Embed", "OK"): 3 + 3 + 2 + 1 + 1 + 2, ("EmbedStream", "OK"): 4 + 5, ("Decode", "OK"): 2}
+    assert value(samples, "request_seconds_count", method="Embed") == 8
     assert value(samples, "stream_messages_total", code="OK") == 2
     assert value(samples, "stream_messages_total", code="INVALID_ARGUMENT") == 1
     slices = {
@@ -115,6 +124,7 @@ def test_metrics_count_what_was_called(observed: tuple[ServerProcess, pb_grpc.Em
         (name, "32", "int8", "encoded"): 3,
         (name, "32", "binary", "encoded"): 3,
         (name, "other", "float32", "encoded"): 3,  # 33 and 35 dimensions are no trained prefixes
+        (name, "8", "float32", "encoded"): 2,
         (name, "8", "float32", "left_out"): 1,
         (name, "16", "float32", "encoded"): 4,
         (name, "2", "float16", "encoded"): 5,
@@ -123,8 +133,8 @@ def test_metrics_count_what_was_called(observed: tuple[ServerProcess, pb_grpc.Em
         ("32", "int8", 96), ("32", "binary", 12), ("other", "float32", 4 * (66 + 35)), ("16", "float32", 256),
     ):  # fmt: skip
         assert value(samples, "code_bytes_total", model=name, dimensions=dimensions, precision=precision) == sent
-    assert value(samples, "batch_images_sum", model=name) == 18
-    assert value(samples, "queue_seconds_count", model=name) == 6
+    assert value(samples, "batch_images_sum", model=name) == 20
+    assert value(samples, "queue_seconds_count", model=name) == 7
     batches = value(samples, "batch_images_count", model=name)
     assert batches
     assert value(samples, "encode_seconds_count", model=name) == batches
@@ -291,8 +301,24 @@ def test_labels_cannot_multiply() -> None:
     with metrics.endpoint(ServerConfig(metrics_port=0), counted.registry) as url:
         samples = scrape(url)
     assert value(samples, "requests_total", method="other", code="OK") == 300
+    assert value(samples, "request_images_total", method="other", code="OK") == 300
     assert value(samples, "images_total", model="gone", dimensions="other", precision="int8", outcome="encoded") == 300
     assert sum(name.startswith("matvae_") for name, _ in samples) < 40
+
+
+def test_images_of_what_failed_are_counted_by_method_and_code() -> None:
+    counted = metrics.Metrics()
+    for images, code in ((3, grpc.StatusCode.OK), (5, grpc.StatusCode.RESOURCE_EXHAUSTED)):
+        call = Call(method="Embed", request_id="x", model="m", images=images)
+        counted.observe(call, code)
+        counted.observe_part(call, code)
+        stream = Call(method="EmbedStream", request_id="x", model="m", images=images, parts=1)
+        counted.observe(stream, code)  # whose messages were counted as they were answered
+    with metrics.endpoint(ServerConfig(metrics_port=0), counted.registry) as url:
+        samples = scrape(url)
+    assert value(samples, "request_images_total", method="Embed", code="OK") == 6
+    assert value(samples, "request_images_total", method="Embed", code="RESOURCE_EXHAUSTED") == 10
+    assert value(samples, "request_images_total", method="EmbedStream", code="OK") is None
 
 
 def test_workers_are_counted_in_one_place() -> None:
