@@ -139,7 +139,7 @@ def config() -> str:
         lines.append("")
     limits = dict(_limits())
     defaults: dict[str, Any] = {f.name: getattr(ServerConfig(), f.name) for f in dataclasses.fields(ServerConfig)}
-    lines += ["## From Python alone", "", "Clients are told them with the model, and keep to them.", ""]
+    lines += ["## From Python alone", "", "Clients are told them with the model.", ""]
     lines += ["| field | default | |", "|---|---|---|"]
     for name, default in defaults.items():
         if name not in held and not dataclasses.is_dataclass(default):

@@ -13,6 +13,9 @@ from matvae_bench.errors import BenchmarkError
 from matvae_bench.images import LabelledImages
 from matvae_client import EmbeddingClient, MatvaeError
 
+_CONNECT_SECONDS = 10.0
+"""How long callers may take until each was answered once; then it is measured whatever they do."""
+
 
 def measure(target: str, *, callers: int, seconds: float, coalesced: bool) -> dict[str, Any]:
     """Images/s that so many threads get, one image a call, 32-d int8, through `client.coalesce` or without it.
@@ -53,7 +56,9 @@ def _load(embed: Callable[[Any], Any], images: Any, callers: int, seconds: float
     for thread in threads:
         thread.start()
     begin.wait()
-    time.sleep(min(0.5, seconds / 4))  # while they connect
+    give_up = time.perf_counter() + _CONNECT_SECONDS
+    while not (all(counts) or broken or time.perf_counter() > give_up):
+        time.sleep(0.01)
     before, started = sum(counts), time.perf_counter()
     time.sleep(seconds)
     after, ended = sum(counts), time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -252,6 +253,20 @@ def test_fuzz_of_the_wire(server: ServerProcess, data: bytes, method: str) -> No
         call = channel.unary_unary(f"/matvae.v1.EmbeddingService/{method}")
         future = call.future(data, timeout=SECONDS)
         assert future.code() in ANSWERED_OR_BLAMED, future.details()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.binary(max_size=200), max_size=4), st.sampled_from(["EmbedStream", "PullGallery"]))
+def test_fuzz_of_streams(server: ServerProcess, messages: list[bytes], method: str) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        path = f"/matvae.v1.EmbeddingService/{method}"
+        if method == "EmbedStream":
+            call = channel.stream_stream(path)(iter(messages), timeout=SECONDS)
+        else:
+            call = channel.unary_stream(path)(b"".join(messages), timeout=SECONDS)
+        with contextlib.suppress(grpc.RpcError):
+            list(call)
+        assert call.code() in ANSWERED_OR_BLAMED, call.details()
 
 
 numbers = st.integers(0, 2**32 - 1)

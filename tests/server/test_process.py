@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import queue
 import re
 import signal
 import socket
@@ -18,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_server import bundle as bundles
+from matvae_server.config import ServerConfig
 
 Status = health_pb2.HealthCheckResponse
 ONE = pb.EmbedRequest(raw=pb.RawImages(pixels=bytes(784), shape=(1, 28, 28, 1)))
@@ -56,6 +58,41 @@ def test_sigterm_under_load_answers_every_call_and_exits_0(start_server) -> None
         assert "cut off" not in errors
 
 
+def gated_server(gate: Path, **environment: str) -> subprocess.Popen[str]:
+    os.mkfifo(gate)
+    script = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(gate)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(script, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment)
+
+
+def ready_on(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return next(line for line in process.stdout if " ready on " in line).split()[-1]
+
+
+@pytest.mark.parametrize(("grace", "ends"), [("60", grpc.StatusCode.OK), ("0.2", grpc.StatusCode.UNAVAILABLE)])
+def test_a_connection_that_is_old_enough_ends_when_its_calls_have_or_the_grace_is_over(
+    tmp_path: Path, grace: str, ends: grpc.StatusCode
+) -> None:
+    gate = tmp_path / "gate"
+    states: queue.Queue[grpc.ChannelConnectivity] = queue.Queue()
+    with gated_server(gate, MATVAE_MAX_CONNECTION_AGE="0.5", MATVAE_DRAIN_SECONDS=grace) as process:
+        try:
+            with grpc.insecure_channel(ready_on(process), [("grpc.enable_retries", 0)]) as channel:
+                held = pb_grpc.EmbeddingServiceStub(channel).Embed.future(ONE, timeout=60)
+                assert process.stdout is not None
+                assert process.stdout.readline() == "at the gate\n"
+                channel.subscribe(states.put)
+                while states.get(timeout=60) is not grpc.ChannelConnectivity.IDLE:  # it is old: no new call takes it
+                    assert not held.done()
+                if ends is grpc.StatusCode.OK:
+                    assert not held.done()
+                    gate.open("w").close()
+                assert held.code() is ends
+        finally:
+            process.kill()
+
+
 @dataclasses.dataclass(frozen=True)
 class Stopping:
     """A server that was told to stop while its encoder holds a call at a gate, as its health already says."""
@@ -73,15 +110,12 @@ class Stopping:
 @pytest.fixture
 def stopping(tmp_path: Path) -> Iterator[Stopping]:
     gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    script = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(gate)]
-    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with gated_server(gate) as process:
         try:
-            assert process.stdout is not None
-            address = next(line for line in process.stdout if " ready on " in line).split()[-1]
-            with grpc.insecure_channel(address) as channel:
+            with grpc.insecure_channel(ready_on(process)) as channel:
                 stub = pb_grpc.EmbeddingServiceStub(channel)
                 held = stub.Embed.future(ONE, timeout=60)
+                assert process.stdout is not None
                 assert process.stdout.readline() == "at the gate\n"
                 watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
                 assert next(watch).status == Status.SERVING
@@ -138,6 +172,12 @@ def test_a_variable_that_is_no_number_is_named() -> None:
     done = serve(MATVAE_PORT="abc")
     assert done.returncode == 2
     assert "MATVAE_PORT must be a number, not 'abc'" in done.stderr
+
+
+@pytest.mark.parametrize("milliseconds", [0, 60_001])
+def test_pings_as_rare_as_the_clients_are_allowed(milliseconds: int) -> None:
+    with pytest.raises(ValueError, match="min_ping_interval_ms must be 1 to 60,000"):
+        ServerConfig(min_ping_interval_ms=milliseconds)
 
 
 def test_limits_are_set_published_and_kept(start_server) -> None:
