@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 
+from matvae.v1 import embedding_pb2 as pb
 from matvae_server import security
+from matvae_server.bundle import DECODER
 from matvae_server.config import ServerConfig, bracketed, cores
+from matvae_server.errors import InternalError, NotFoundError, UnimplementedError
 from matvae_server.galleries import GalleryError
 from matvae_server.models import Model, ModelError, Models, discard
 from matvae_server.ports import StartupError
@@ -24,6 +27,7 @@ async def check(config: ServerConfig) -> str:
         models = await Models(config).prepare()
         try:
             galleries = await asyncio.to_thread(open_galleries, config, models)
+            notes = [note for model in models.values() if (note := await asyncio.to_thread(_try_decoder, model))]
         finally:
             await discard(models)
         summaries = [gallery.summary() for gallery in galleries]
@@ -44,7 +48,23 @@ async def check(config: ServerConfig) -> str:
     if wide > cores():
         lines.append(f"note: workers x threads are {wide}, and this process may use {cores()} cores")
     flags = ("--port", "--health-port", "--metrics-port")
-    return "\n".join(lines + [note for flag in flags if (note := _port_note(config, flag))])
+    return "\n".join(lines + notes + [note for flag in flags if (note := _port_note(config, flag))])
+
+
+def _try_decoder(model: Model) -> str | None:
+    """Decode a code. Raises StartupError where the bundle's decoder is broken: a start would not notice."""
+    card = model.bundle.card
+    full = card.network.dimensions
+    zeros = pb.Codes(data=bytes(4 * full), count=1, dimensions=full, precision=pb.PRECISION_FLOAT32)
+    try:
+        model.decoder.decode(zeros)
+    except NotFoundError:  # it only encodes
+        return None
+    except UnimplementedError as error:
+        return f"note: {error}"
+    except InternalError as error:
+        raise StartupError(f"{model.bundle.path / DECODER}: {error}") from None
+    return None
 
 
 def _port_note(config: ServerConfig, flag: str) -> str | None:

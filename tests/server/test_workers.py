@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -330,6 +331,20 @@ def test_check_refuses_what_a_start_would_refuse(bundle_copy: Path) -> None:
     done = serve("--check", "--bundle", str(bundle_copy), "--port", "0")
     assert (done.returncode, done.stdout) == (1, "")
     assert "decoder.onnx" in done.stderr
+
+
+def test_check_finds_a_decoder_that_does_not_decode(bundle_copy: Path) -> None:
+    """Of the bytes that its card tells of, so nothing was changed since: it never was a decoder."""
+    broken = b"no graph"
+    (bundle_copy / bundles.DECODER).write_bytes(broken)
+    card = bundles.load(bundles.find(bundles.DEFAULT)).card
+    files = {**card.files, bundles.DECODER: hashlib.sha256(broken).hexdigest()}
+    (bundle_copy / bundles.CARD).write_bytes(dataclasses.replace(card, files=files).dumps())
+    done = serve("--check", "--bundle", str(bundle_copy), "--port", "0")
+    assert done.returncode == 1
+    assert bundles.DECODER in done.stderr
+    assert "the decoder of model 'fashion-mnist' cannot be used" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_check_tries_the_ports_and_tells_of_more_threads_than_cores() -> None:
