@@ -13,7 +13,7 @@ import torch
 
 from matvae_server import bundle
 from matvae_training import arguments, crossvalidation, data, provenance, speed
-from matvae_training.config import CLASSES, FOLDER, DataError, FitConfig, default_prefix_weights
+from matvae_training.config import FitConfig, default_prefix_weights
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -29,12 +29,7 @@ def run(options: argparse.Namespace, command: str) -> None:
 def _evaluate(options: argparse.Namespace, command: str) -> None:
     loaded = bundle.load(bundle.find(options.bundle))
     card = loaded.card
-    name = options.dataset or card.provenance.get("dataset", "")
-    if name not in (*CLASSES, FOLDER):
-        raise DataError(f"the card of {card.name} names no data set that is known here: give --dataset")
-    whole = data.load(name, options.data_root, card.network.image_shape if name == FOLDER else None)
-    excluded = json.loads(card.provenance.get("excluded_classes", "{}"))
-    used = data.without(whole, list(excluded.values())) if excluded else whole
+    used = data.of_card(card, options.data_root, options.dataset)
     values = crossvalidation.cross_validate(loaded, used, k=options.folds, seeds=options.seeds, say=_say)
     print(crossvalidation.table(values))
     _write(
@@ -42,7 +37,7 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
         {
             "bundle": card.name,
             "fingerprint": card.fingerprint,
-            "dataset": name,
+            "dataset": used.name,
             "data_sha256": used.digest,
             "folds": options.folds,
             "seeds": options.seeds,

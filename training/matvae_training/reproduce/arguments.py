@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from matvae_training.config import CLASSES, FOLDER
+from matvae_training.option_values import whole
+
 COMMANDS = ("reproduce", "explain", "figures", "page")
 REDUCED_IMAGES, REDUCED_EPOCHS = 6_000, 5
 
@@ -52,6 +55,7 @@ def add(commands: Any) -> None:
         allow_abbrev=False,
     )
     figures.add_argument("bundle", help="a directory, or the name of a packaged bundle")
+    figures.add_argument("--dataset", choices=[*sorted(CLASSES), FOLDER], help="(what the bundle was trained on)")
     _add_paths(figures)
     page = commands.add_parser(
         "page",
@@ -65,6 +69,6 @@ def add(commands: Any) -> None:
 
 
 def _add_paths(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-root", type=Path, required=True, help="directory in torchvision's layout")
+    parser.add_argument("--data-root", type=Path, required=True, help="as of `matvae-train fit`")
     parser.add_argument("--out", type=Path, required=True, help="directory for what is written")
-    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+    parser.add_argument("--threads", type=whole(1), help="CPU threads (all cores)")

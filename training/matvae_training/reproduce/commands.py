@@ -18,7 +18,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
         return
     import torch
 
-    from matvae_training.data import load
+    from matvae_training.data import load, of_card
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
         from matvae_training.reproduce import bundle_figures
 
         loaded = bundle.load(bundle.find(options.bundle))
-        bundle_figures.draw(loaded, lambda name: load(name, options.data_root), options.out)
+        bundle_figures.draw(loaded, lambda card: of_card(card, options.data_root, options.dataset), options.out)
 
 
 def _amount(options: argparse.Namespace) -> tuple[int | None, int]:
