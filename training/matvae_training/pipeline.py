@@ -16,13 +16,14 @@ from matvae_server.bundle import Bundle
 from matvae_server.card import Card, NetworkConfig
 from matvae_training import earlier, provenance
 from matvae_training.bundling import table, write_bundle
-from matvae_training.config import FOLDER, OBJECTIVES, FitConfig, FitError, ObjectiveConfig
+from matvae_training.config import FOLDER, FitConfig, FitError
 from matvae_training.data import Split, hold_out, load, without
 from matvae_training.export import Servable
 from matvae_training.fit import Progress, fit
 from matvae_training.folder import summary
 from matvae_training.ordering import order
 from matvae_training.pca import fit_pca
+from matvae_training.recipe import describe, repeatable
 from matvae_training.run import Run
 from matvae_training.stopping import Stopping
 
@@ -111,9 +112,7 @@ def fit_bundle(
         points_of = earlier.points_of(neighbours_of, config.objective, data.shape, data.known)
     repeat = {
         **data.known,
-        "seed": str(config.seed),
-        "epochs": str(config.epochs),
-        "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
+        **repeatable(config),
         "ordered": str(ordered).lower(),
         **({} if neighbours_of is None else {"neighbours_of": earlier.origin(neighbours_of)}),
         **_circumstances(command),
@@ -235,34 +234,6 @@ def _write(model: Servable, data: _Prepared, out: Path, description: str, known:
     )
     _say(f"{out}: {card.fingerprint[:12]}\n{table(card)}")
     return card
-
-
-def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -> str:
-    """One sentence for the card: what was trained on what, and who saw labels or several views of an image."""
-    parts = " + ".join(part for part in (objective.reconstruction, objective.divergence) if part != "none")
-    default = ObjectiveConfig()
-    plain = dataclasses.replace(
-        objective,
-        consistency="none",
-        consistency_weight=default.consistency_weight,
-        consistency_scale=default.consistency_scale,
-        augmentation="none",
-        neighbours=0,
-        neighbours_by=default.neighbours_by,
-    )
-    name = next((name for name, value in OBJECTIVES.items() if value == plain), parts)
-    title = {"mmd-vae": "MMD-VAE"}.get(name, f"code ({name})")
-    if objective.consistency != "none":
-        title += f" with {objective.consistency} of {'neighbours' if objective.neighbours else 'two views'}"
-    nested = "Matryoshka" if len(network.prefixes) > 1 else "Single-size"
-    saw = (
-        "encoder and heads learned from labels" if objective.uses_labels else "the encoder saw no labels, the heads did"
-    )
-    if objective.augmentation != "none":
-        saw += f"; it saw augmented views ({objective.augmentation})"
-    if objective.neighbours:
-        saw += f"; it compared each image with the {objective.neighbours} nearest by {objective.neighbours_by}"
-    return f"{nested} {title} of {dataset}: {saw}."
 
 
 class _Reporter:
