@@ -195,7 +195,7 @@ def _add_data(fit: argparse.ArgumentParser) -> None:
 
 def _add_training(fit: argparse.ArgumentParser) -> None:
     default = FitConfig()
-    fit.add_argument("--log", type=Path, help="file for one line of JSON per epoch")
+    fit.add_argument("--log", type=Path, help="file for one line of JSON per epoch; --resume appends to it")
     fit.add_argument(
         "--run",
         type=Path,
