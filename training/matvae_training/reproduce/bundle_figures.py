@@ -1,7 +1,8 @@
 """Pictures of a bundle: what its codes look like, and what its decoder makes of them.
 
 NAME-codes.png            test images by their first two dimensions, coloured by class
-NAME-samples.png          draws from the prior, decoded from every prefix
+NAME-samples.png          draws from the prior, or by the variances of the codes where they are ordered, decoded from
+                          every prefix
 NAME-reconstructions.png  test images, and what every prefix keeps of them
 NAME-traversals.png       one image, each of its first dimensions moved across the range that codes have, decoded
                               from the shortest prefix that has it
