@@ -21,7 +21,7 @@ from matvae_training.objectives.composition import Matryoshka
 from matvae_training.objectives.mmd import mmd
 from matvae_training.reproduce import page, plots, protocol, records, run
 from matvae_training.reproduce.network import ReportVae, StackedDecoders, network
-from matvae_training.reproduce.tables import TABLES
+from matvae_training.reproduce.tables import TABLES, VARIANTS
 
 PREFIXES = (2, 4, 8)
 
@@ -58,12 +58,12 @@ def test_tables_are_the_reports():
 def test_every_table_can_be_run_and_tables_share_trainings():
     amount = run.Amount(images=300, epochs=1)
     for table in TABLES.values():
-        needed = run.trainings([table], run.VARIANTS, amount)
+        needed = run.trainings([table], VARIANTS, amount)
         assert len(needed) == (2 if table.nested else 12)
         assert {training.dataset for training in needed} <= CLASSES.keys()
-    both = run.trainings([TABLES[3], TABLES[4], TABLES[7], TABLES[8]], run.VARIANTS, amount)
-    assert both == run.trainings([TABLES[4], TABLES[8]], run.VARIANTS, amount)
-    assert len(run.trainings([TABLES[8]], run.VARIANTS, run.Amount(folds=5))) == 10
+    both = run.trainings([TABLES[3], TABLES[4], TABLES[7], TABLES[8]], VARIANTS, amount)
+    assert both == run.trainings([TABLES[4], TABLES[8]], VARIANTS, amount)
+    assert len(run.trainings([TABLES[8]], VARIANTS, run.Amount(folds=5))) == 10
 
 
 def test_folds_are_fifths_of_all_images(dataset):

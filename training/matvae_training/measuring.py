@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from matvae_server import bundle
 from matvae_training import arguments, crossvalidation, data, provenance, speed
 from matvae_training.config import FitConfig, default_prefix_weights
+from matvae_training.console import say
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -30,7 +30,7 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
     loaded = bundle.load(bundle.find(options.bundle))
     card = loaded.card
     used = data.of_card(card, options.data_root, options.dataset)
-    values = crossvalidation.cross_validate(loaded, used, k=options.folds, seeds=options.seeds, say=_say)
+    values = crossvalidation.cross_validate(loaded, used, k=options.folds, seeds=options.seeds, say=say)
     print(crossvalidation.table(values))
     _write(
         options,
@@ -60,7 +60,7 @@ def _speed(options: argparse.Namespace, command: str) -> None:
     )
     only = options.only or tuple(speed.VARIANTS)
     measured = speed.measure(
-        used.train, network, config, only=only, seconds=options.seconds, rounds=options.rounds, say=_say
+        used.train, network, config, only=only, seconds=options.seconds, rounds=options.rounds, say=say
     )
     print(speed.table(measured))
     _write(options, {"dataset": options.dataset, "device": _device(options.device), **measured}, command)
@@ -71,7 +71,7 @@ def _pack(options: argparse.Namespace, command: str) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     used = data.load(options.dataset, options.data_root, options.image_shape)
     data.pack(used, options.out)
-    _say(f"{options.out}: {len(used.train)} and {len(used.test)} images, {options.out.stat().st_size / 1e6:.1f} MB")
+    say(f"{options.out}: {len(used.train)} and {len(used.test)} images, {options.out.stat().st_size / 1e6:.1f} MB")
 
 
 def _device(name: str) -> str:
@@ -84,7 +84,3 @@ def _write(options: argparse.Namespace, values: Mapping[str, Any], command: str)
     circumstances = provenance.circumstances(torch.get_num_threads(), command)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**circumstances, **values}, indent=1) + "\n", encoding="utf-8")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from matvae_server.card import Card, NetworkConfig
 from matvae_training import earlier, provenance
 from matvae_training.bundling import table, write_bundle
 from matvae_training.config import FOLDER, FitConfig, FitError
+from matvae_training.console import say
 from matvae_training.data import Split, hold_out, load, without
 from matvae_training.export import Servable
 from matvae_training.fit import Progress, fit
@@ -123,7 +124,7 @@ def fit_bundle(
         kept = Run(run, {**repeat, **shaped}, resume=resume, tensorboard=tensorboard)
 
     found = f", the {config.objective.neighbours} nearest of each first" if config.objective.neighbours else ""
-    _say(f"fit: {len(data.train)} images, {config.epochs} epochs{found}")
+    say(f"fit: {len(data.train)} images, {config.epochs} epochs{found}")
     model = fit(
         data.train.images,
         network,
@@ -135,7 +136,7 @@ def fit_bundle(
         points_of=points_of,
     )
     if ordered:
-        _say("order the code")
+        say("order the code")
         order(model, data.train.images)
     seconds = f"{time.perf_counter() - started:.0f} to fit"
     return _write(model, data, out, describe(data.name, network, config.objective), {**repeat, "seconds": seconds})
@@ -189,7 +190,7 @@ def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
     out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
     whole = load(source.dataset, source.root, source.image_shape)
     if whole.unreadable:
-        _say(f"left out {len(whole.unreadable)} files that cannot be read: {summary(whole.unreadable)}")
+        say(f"left out {len(whole.unreadable)} files that cannot be read: {summary(whole.unreadable)}")
     data = without(whole, source.exclude_classes) if source.exclude_classes else whole
     held_out = hold_out(data.train, source.validation, _SPLIT_SEED) if source.validation else (data.train, data.test)
     train, held = held_out
@@ -230,9 +231,9 @@ def _write(model: Servable, data: _Prepared, out: Path, description: str, known:
         name=data.name,
         description=description,
         provenance={**known, **data.stopped},
-        say=_say,
+        say=say,
     )
-    _say(f"{out}: {card.fingerprint[:12]}\n{table(card)}")
+    say(f"{out}: {card.fingerprint[:12]}\n{table(card)}")
     return card
 
 
@@ -260,7 +261,3 @@ class _Reporter:
             print(json.dumps(progress.record()), file=self._log, flush=True)
         if ends and self._record is not None:
             self._record(progress.record())
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from matvae_training.config import CLASSES, FOLDER
 from matvae_training.option_values import whole
+from matvae_training.reproduce.tables import TABLES, VARIANTS
 
 COMMANDS = ("reproduce", "explain", "figures", "page")
 REDUCED_IMAGES, REDUCED_EPOCHS = 6_000, 5
@@ -26,7 +27,7 @@ def add(commands: Any) -> None:
     reproduce.add_argument(
         "--table",
         type=int,
-        choices=range(1, 23),
+        choices=TABLES,
         metavar="N",
         action="append",
         required=True,
@@ -36,7 +37,7 @@ def add(commands: Any) -> None:
     reproduce.add_argument("--images", type=int, help=f"that train, where not --full ({REDUCED_IMAGES})")
     reproduce.add_argument("--epochs", type=int, help=f"at most, where not --full ({REDUCED_EPOCHS})")
     reproduce.add_argument("--folds", type=int, choices=range(1, 6), default=1, help="of the five (%(default)s)")
-    reproduce.add_argument("--variant", choices=("as-written", "mended"), help="one alone (both)")
+    reproduce.add_argument("--variant", choices=VARIANTS, help="one alone (both)")
     reproduce.add_argument("--seed", type=int, default=0, help="of folds, weights and order (%(default)s)")
     explain = commands.add_parser(
         "explain",

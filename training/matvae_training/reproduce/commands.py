@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from matvae_training import provenance
 from matvae_training.config import FitError
+from matvae_training.console import say
 from matvae_training.reproduce import arguments, page
 
 
@@ -25,7 +25,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
     command = provenance.command("matvae-train", words, provenance.PATHS)
     if options.command == "reproduce":
         from matvae_training.reproduce.records import Results
-        from matvae_training.reproduce.run import VARIANTS, Amount, reproduce
+        from matvae_training.reproduce.run import Amount, reproduce
+        from matvae_training.reproduce.tables import VARIANTS
 
         images, epochs = _amount(options)
         results = Results(options.out / "reproduce.json")
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
             amount=Amount(images=images, epochs=epochs, folds=options.folds, seed=options.seed),
             variants=(options.variant,) if options.variant else VARIANTS,
             command=command,
-            say=_say,
+            say=say,
         )
         print(page.tables(results.records, options.table), end="")
     elif options.command == "explain":
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
             epochs=options.epochs,
             small_epochs=options.small_epochs,
             command=command,
-            say=_say,
+            say=say,
         )
     else:
         from matvae_server import bundle
@@ -67,7 +68,3 @@ def _amount(options: argparse.Namespace) -> tuple[int | None, int]:
     if options.images is not None or options.epochs is not None:
         raise FitError("--full is all images and 20 epochs: leave out --images and --epochs")
     return None, 20
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

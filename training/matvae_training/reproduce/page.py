@@ -14,10 +14,9 @@ from matvae_training.config import FitError
 from matvae_training.reproduce import explanation
 from matvae_training.reproduce.explanation import grid
 from matvae_training.reproduce.records import read
-from matvae_training.reproduce.tables import TABLES, Table
+from matvae_training.reproduce.tables import TABLES, VARIANTS, Table
 
 Record = dict[str, Any]
-VARIANTS = ("as-written", "mended")
 PICTURES = ("codes", "samples", "reconstructions", "traversals")
 EXPERIMENTS = ("balance", "kernel", "reach", "code", "small")
 
