@@ -17,7 +17,7 @@ from matvae_training.neighbours import leading_components, nearest_images, partn
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Batch
 from matvae_training.objectives.consistency import Contrast, alignment
-from matvae_training.pipeline import describe
+from matvae_training.recipe import describe
 from matvae_training.stopping import Stopping
 
 PREFIXES = (2, 4, 8)

@@ -170,16 +170,53 @@ def test_every_objective_descends(images, labels, name, network):
 def test_matryoshka_of_one_prefix_is_the_objective_itself(images):
     model = MatVae(SINGLE)
     objective = build(ObjectiveConfig(), SINGLE, 0)
-    losses = []
-    for each in (objective, Matryoshka(objective=objective, weights=(1.0,))):
-        torch.manual_seed(1)
-        losses.append(each(model, images).loss)
-    assert losses[0] == losses[1]
+    torch.manual_seed(1)
+    (expected,) = objective.weighted(objective.parts(model, images))
+    torch.manual_seed(1)
+    assert Matryoshka(objective=objective, weights=(1.0,))(model, images).loss == expected
 
 
-def test_an_objective_without_matryoshka_refuses_several_prefixes(images):
-    with pytest.raises(ValueError, match="too many values"):
-        build(ObjectiveConfig(), NETWORK, 0)(MatVae(NETWORK), images)
+def test_a_term_of_ones_own_trains_every_prefix_and_is_logged(images, labels):
+    config = FitConfig(epochs=30, batch_size=16, learning_rate=1e-2, prefix_weights=(1.0,) * 3)
+    seen = []
+
+    def from_one(batch):
+        seen.append(batch.labels)
+        return torch.stack([(batch.mean[:, :m] - 1.0).square().mean() for m in batch.prefixes])
+
+    ends = {}
+    for weight in (0.0, 10.0):
+        records = []
+        fit(
+            images,
+            NETWORK,
+            config,
+            lambda progress, records=records: records.append(progress.record()),
+            labels=labels,
+            terms={"from-one": (weight, from_one)},
+        )
+        assert {"reconstruction", "divergence"} <= records[-1].keys()
+        ends[weight] = records[-1]["from-one"]
+    assert len(ends[10.0]) == len(PREFIXES)
+    assert all(pulled < 0.5 * free for pulled, free in zip(ends[10.0], ends[0.0], strict=True)), ends
+    assert set(seen) == {None}, "labels are for objectives that say on the card that they learn from them"
+
+
+def test_a_term_of_ones_own_takes_the_place_of_one_of_its_name(images, labels):
+    supervised = Heads(PREFIXES, 4, tied=True)
+    before = supervised.layers[0].weight.detach().clone()
+    config = FitConfig(epochs=1, batch_size=16, prefix_weights=(1.0,) * 3, objective=OBJECTIVES["mrl"])
+    records = []
+    fit(
+        images,
+        NETWORK,
+        config,
+        lambda progress: records.append(progress.record()),
+        labels=labels,
+        terms={"heads": (2.0, supervised)},
+    )
+    assert records[0]["loss"] == pytest.approx(2 * sum(records[0]["heads"]), rel=1e-3)
+    assert not torch.equal(supervised.layers[0].weight, before), "what it has to learn is trained with it"
 
 
 def test_the_default_descends_as_it_did_before_there_was_a_choice(images):

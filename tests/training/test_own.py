@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import re
 
 import grpc
@@ -14,7 +15,7 @@ from torch import nn
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_server import bundle, card, runtimes
-from matvae_training import own
+from matvae_training import own, summary
 from matvae_training.config import OBJECTIVES, FitConfig, FitError
 from matvae_training.data import Dataset, Split
 from matvae_training.fit import train
@@ -109,6 +110,32 @@ def test_the_torch_runtime_says_what_to_take(photos):
     with pytest.raises(runtimes.RuntimeUnavailableError, match="take --runtime onnxruntime"):
         runtimes.choose("torch", loaded, threads=1)
     assert runtimes.choose("auto", loaded, threads=1).name == "onnxruntime"
+
+
+def test_the_card_says_that_it_learned_from_labels_and_how(documented, photos):
+    known = bundle.load(photos / "bundle").card
+    assert known.description.endswith("'s own training: encoder and heads learned from labels.")
+    assert json.loads(known.provenance["config"]) == json.loads(json.dumps(dataclasses.asdict(documented["config"])))
+    assert (known.provenance["seed"], known.provenance["epochs"], known.provenance["ordered"]) == ("0", "1", "false")
+    assert known.provenance["commit"]
+    (group,) = summary.group([summary.Run.of(known)])
+    assert group.objective == "multitask"
+    assert group.tier == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({}, "nothing is said of what its encoder learned from."),
+        ({"config": FitConfig(), "ordered": True}, "the encoder saw no labels, the heads did."),
+    ],
+)
+def test_the_card_says_no_more_than_it_was_told(data, tmp_path, told, says):
+    model = own.Model(tiny(), (8, 8, 1), prefixes=(2, 4), decoder_hidden=None)
+    known = own.export(model, data, tmp_path, name="tiny", license="MIT", measure=False, **told)
+    assert known.description == f"Sequential, made Matryoshka by tiny's own training: {says}"
+    assert ("config" in known.provenance) == bool(told)
+    assert known.provenance["ordered"] == ("true" if told else "false")
 
 
 def tiny():

@@ -9,8 +9,15 @@ from matvae.v1 import codec
 from matvae_server import bundle
 from matvae_training import model_card
 
-FLOORS = {"mnist": {2: 0.967, 4: 0.974, 8: 0.977, 16: 0.978, 32: 0.982, 64: 0.983, 128: 0.983}}
-"""MLP accuracy of the bundle that is committed, less one point at most."""
+FLOORS = {
+    # What is committed, less one point at most.
+    "mnist": {2: 0.967, 4: 0.974, 8: 0.977, 16: 0.978, 32: 0.982, 64: 0.983, 128: 0.983},
+    # What was asked for.
+    "cifar10": {2: 0.30, 4: 0.365, 8: 0.48, 16: 0.55, 32: 0.575, 64: 0.585, 128: 0.59},
+}
+"""MLP accuracy by prefix."""
+LARGEST = {"mnist": 10_000_000, "cifar10": 32_000_000}
+"""Bytes of all files together."""
 
 
 @pytest.fixture(params=FLOORS)
@@ -32,7 +39,7 @@ def test_it_is_measured_and_good(loaded):
 def test_it_is_small_and_names_no_machine(loaded):
     files = {file.name: file.read_bytes() for file in loaded.path.iterdir()}
     assert set(files) == {bundle.CARD, "README.md", *bundle.FILES}
-    assert sum(map(len, files.values())) <= 10_000_000
+    assert sum(map(len, files.values())) <= LARGEST[loaded.card.name]
     for name, content in files.items():
         assert not re.search(rb"/(site-packages|home|tmp|work)/", content), name
 

@@ -1,22 +1,27 @@
 """The Mat-VAE report's experiments: its tables as data, its protocol, and the way from table numbers to the page."""
 
+import dataclasses
+import itertools
 import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import conv_transpose2d
 
+from matvae_server import bundle
 from matvae_training import cli
 from matvae_training.config import CLASSES, FitError
 from matvae_training.data import load
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Matryoshka
 from matvae_training.objectives.mmd import mmd
-from matvae_training.reproduce import page, protocol, records, run
+from matvae_training.reproduce import page, plots, protocol, records, run
 from matvae_training.reproduce.network import ReportVae, StackedDecoders, network
-from matvae_training.reproduce.tables import TABLES
+from matvae_training.reproduce.tables import TABLES, VARIANTS
 
 PREFIXES = (2, 4, 8)
 
@@ -53,12 +58,12 @@ def test_tables_are_the_reports():
 def test_every_table_can_be_run_and_tables_share_trainings():
     amount = run.Amount(images=300, epochs=1)
     for table in TABLES.values():
-        needed = run.trainings([table], run.VARIANTS, amount)
+        needed = run.trainings([table], VARIANTS, amount)
         assert len(needed) == (2 if table.nested else 12)
         assert {training.dataset for training in needed} <= CLASSES.keys()
-    both = run.trainings([TABLES[3], TABLES[4], TABLES[7], TABLES[8]], run.VARIANTS, amount)
-    assert both == run.trainings([TABLES[4], TABLES[8]], run.VARIANTS, amount)
-    assert len(run.trainings([TABLES[8]], run.VARIANTS, run.Amount(folds=5))) == 10
+    both = run.trainings([TABLES[3], TABLES[4], TABLES[7], TABLES[8]], VARIANTS, amount)
+    assert both == run.trainings([TABLES[4], TABLES[8]], VARIANTS, amount)
+    assert len(run.trainings([TABLES[8]], VARIANTS, run.Amount(folds=5))) == 10
 
 
 def test_folds_are_fifths_of_all_images(dataset):
@@ -242,6 +247,38 @@ def test_pictures_of_a_bundle(digits_root, repository, tmp_path):
     expected = {f"mnist-{kind}.png" for kind in page.PICTURES}
     assert {path.name for path in tmp_path.iterdir()} == expected
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def test_pictures_of_a_folder_are_of_its_shape_and_of_the_classes_that_trained(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for split, label in itertools.product(("train", "test"), ("day", "dusk", "night")):
+        folder = tmp_path / "photos" / split / label
+        folder.mkdir(parents=True)
+        for index in range(6):
+            Image.fromarray(rng.integers(0, 256, (20, 16, 3), np.uint8)).save(folder / f"{index}.png")
+    data_root, made = ("--data-root", str(tmp_path / "photos")), tmp_path / "bundle"
+    words = ["pca", "--dataset", "folder", *data_root, "--image-shape", "16,16,3", "--prefixes", "2,4"]
+    assert cli.main([*words, "--exclude-classes", "dusk", "--threads", "1", "--out", str(made)]) == 0
+    drawn = []
+    scatter = plots.scatter
+    monkeypatch.setattr(plots, "scatter", lambda *given: (drawn.append(given[:3]), scatter(*given)))
+    words = ["figures", str(made), *data_root, "--threads", "1", "--out"]
+    assert cli.main([*words, str(tmp_path / "figures")]) == 0
+    ((points, labels, classes),) = drawn
+    assert (points.shape, set(labels.tolist()), classes) == ((12, 2), {0, 1}, ("day", "night"))
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {f"photos-{kind}.png" for kind in page.PICTURES}
+
+    # Data of one's own may have any name; and what it is brought to is checked before anything is drawn.
+    card = bundle.load(made).card
+    (made / bundle.CARD).write_bytes(
+        dataclasses.replace(card, provenance={**card.provenance, "dataset": "holidays"}).dumps()
+    )
+    assert cli.main([*words, str(tmp_path / "more")]) == 2
+    assert "names no data set that is known here: give --dataset" in capsys.readouterr().err
+    assert cli.main([*words, str(tmp_path / "more"), "--dataset", "folder"]) == 0
+    with pytest.raises(SystemExit):
+        cli.main([*words, str(tmp_path / "more"), "--threads", "0"])
+    assert "--threads: must be a whole number of at least 1, not '0'" in capsys.readouterr().err
 
 
 def test_the_committed_page_is_what_the_committed_numbers_give(repository, tmp_path):

@@ -1,6 +1,7 @@
 """Runs that are killed, blow up or find the disk full: what is left, and how they go on."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -23,6 +24,12 @@ SMALL = NetworkConfig(
     height=8, width=8, conv_channels=(4, 4), hidden=16, decoder_hidden=16, dimensions=8, prefixes=(2, 4, 8)
 )
 CONFIG = FitConfig(epochs=4, batch_size=8, prefix_weights=(1.0,) * 3, objective=OBJECTIVES["multitask"])
+CONFIGS = {
+    "multitask": CONFIG,
+    "neighbours": dataclasses.replace(CONFIG, objective=OBJECTIVES["mmd-vae-neighbours"]),
+    "views": dataclasses.replace(CONFIG, objective=OBJECTIVES["mmd-vae-contrast"]),
+    "bfloat16": dataclasses.replace(CONFIG, bfloat16=True),
+}
 STEPS = 16  # 4 epochs of 4
 
 
@@ -61,22 +68,29 @@ import test_run
 def report(progress):
     if progress.step == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-test_run.train(Path(sys.argv[2]), report)
+test_run.train(Path(sys.argv[2]), report, test_run.CONFIGS[sys.argv[4]])
 """
 
 
-@pytest.mark.parametrize("step", [2, 8, 11])  # in the first epoch, with its metrics but before its checkpoint, later
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, step):
-    whole, expected = train(tmp_path / "whole")
-    arguments = [os.path.dirname(__file__), str(tmp_path / "killed"), str(step)]  # noqa: PTH120
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("multitask", 2),  # in the first epoch
+        ("multitask", 8),  # with its metrics, but before its checkpoint
+        *((name, 11) for name in CONFIGS),
+    ],
+)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, name, step):
+    whole, expected = train(tmp_path / "whole", config=CONFIGS[name])
+    arguments = [os.path.dirname(__file__), str(tmp_path / "killed"), str(step), name]  # noqa: PTH120
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
     assert killed.returncode == -signal.SIGKILL
-    rest, model = train(tmp_path / "killed", resume=True)
+    rest, model = train(tmp_path / "killed", config=CONFIGS[name], resume=True)
     done = step // 4 * 4 if step % 4 else step - 4
     assert rest == {at: loss for at, loss in whole.items() if at > done}
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, expected.state_dict()[name]), name
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[key]), key
 
 
 def test_resuming_what_is_finished_changes_nothing(tmp_path):
@@ -176,6 +190,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path):
 def test_the_command_is_killed_and_resumed_to_a_bundle(data_root, tmp_path):
     options = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
     options += ["--epochs", "2", "--batch-size", "300", "--threads", "1", "--run", str(tmp_path / "run")]
+    log = tmp_path / "log.jsonl"
+    options += ["--log", str(log)]
     with subprocess.Popen(
         [sys.executable, "-m", "matvae_training.cli", *options], stderr=subprocess.PIPE, text=True
     ) as process:
@@ -184,8 +200,12 @@ def test_the_command_is_killed_and_resumed_to_a_bundle(data_root, tmp_path):
             if line.startswith("epoch 1, "):
                 process.kill()
                 break
+    log.write_text("what was logged before\n")
     assert cli.main(options) == 2, "not without being asked to"
     assert cli.main([*options, "--resume"]) == 0
+    logged = log.read_text().splitlines()
+    assert logged[0] == "what was logged before"
+    assert json.loads(logged[-1])["epoch"] == 2
     assert bundle.load(tmp_path / "bundle").card.name == "fashion-mnist"
     assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 4]
     known = json.loads((tmp_path / "run" / "run.json").read_text())

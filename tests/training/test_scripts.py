@@ -48,10 +48,9 @@ def test_the_script_is_the_command_on_the_card(repository, name):
     command = fit_command(repository, name)
     options = parser().parse_args(command)
     assert options.dataset == name
-    path = repository / BUNDLES[name]
-    if path.is_dir():
-        on_card = parser().parse_args(shlex.split(bundle.load(path).card.provenance["command"])[1:])
-        assert shaping(on_card) == shaping(options)
+    loaded = bundle.load(repository / BUNDLES[name])
+    on_card = parser().parse_args(shlex.split(loaded.card.provenance["command"])[1:])
+    assert shaping(on_card) == shaping(options)
 
 
 def test_the_gpu_script_on_a_cpu(repository, data_root, tmp_path):

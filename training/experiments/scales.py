@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from matvae_server import bundle as bundles
-from matvae_server.network import MatVae
-from matvae_training import provenance
+from matvae_training import earlier, provenance
 from matvae_training.bundling import encode
-from matvae_training.data import hold_out, load
-from matvae_training.distances import prefix_distances
+from matvae_training.data import hold_out, of_card
+from matvae_training.evaluate import nearest, recall, vote
 from matvae_training.ordering import descending, turn
 
 HELD_OUT = 5000
@@ -67,42 +66,31 @@ def main() -> None:
     torch.set_num_threads(1)
     bundle = bundles.load(bundles.find(options.bundle))
     prefixes = bundle.card.network.prefixes
-    model = MatVae(bundle.card.network)
-    model.encoder.load_state_dict(
-        {key: torch.from_numpy(value.copy()) for key, value in bundle.part("encoder").items()}
-    )
-    kept, held = hold_out(load(options.dataset, options.data_root).train, HELD_OUT, 0)
+    data = of_card(bundle.card, options.data_root, options.dataset)
+    model = earlier.network(bundle, bundle.card.network.image_shape)
+    kept, held = hold_out(data.train, HELD_OUT, 0)
     codes, asked = encode(model, kept.images).double(), encode(model, held.images).double()
     truth: Tensor | None = None
     rows = []
     for name, change in choices(torch.cov(codes.T, correction=0), prefixes):
         gallery, queries = ((part @ change.T).float() for part in (codes, asked))
-        found = torch.cat(
-            [
-                torch.stack([d.topk(10, largest=False).indices for d in prefix_distances(chunk, gallery, prefixes)])
-                for chunk in torch.split(queries, 64)
-            ],
-            dim=1,
-        )
+        found = nearest(gallery, queries, prefixes)
         truth = found[-1] if truth is None else truth
-        votes = torch.nn.functional.one_hot(kept.labels[found]).sum(2).argmax(2)
-        row = {"scale": name, "knn": (votes == held.labels).double().mean(1).tolist()}
+        votes = [vote(near, kept.labels, len(data.classes)) for near in found]
+        row = {"scale": name, "knn": [(each == held.labels).double().mean().item() for each in votes]}
         for key, against in (("recall@10", found[-1]), ("recall@10 of the code as trained", truth)):
-            row[key] = (found[:, :, :, None] == against[:, None, :]).any(3).double().mean((1, 2)).tolist()
+            row[key] = [recall(near, against) for near in found]
         rows.append(row)
         print(row, flush=True)
     command = f"python training/experiments/scales.py BUNDLE --dataset {options.dataset} --data-root DATA_ROOT"
     options.out.write_text(
         json.dumps(
             {
-                "command": command,
+                **provenance.circumstances(1, command),
                 "fingerprint": bundle.card.fingerprint,
                 "n": HELD_OUT,
                 "split": f"{HELD_OUT} of the training images ask {len(kept)} others",
                 "prefixes": prefixes,
-                "hardware": provenance.hardware(1),
-                "versions": provenance.versions(),
-                "commit": provenance.commit(),
                 "rows": rows,
             },
             indent=1,

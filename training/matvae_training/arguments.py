@@ -195,7 +195,7 @@ def _add_data(fit: argparse.ArgumentParser) -> None:
 
 def _add_training(fit: argparse.ArgumentParser) -> None:
     default = FitConfig()
-    fit.add_argument("--log", type=Path, help="file for one line of JSON per epoch")
+    fit.add_argument("--log", type=Path, help="file for one line of JSON per epoch; --resume appends to it")
     fit.add_argument(
         "--run",
         type=Path,
@@ -222,7 +222,7 @@ def _add_training(fit: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="fuse every step by torch.compile; on a GPU into CUDA graphs"
     )
     fit.add_argument(
-        "--bfloat16", action="store_true", help="matrix products in bfloat16: twice as fast on processors that have it"
+        "--bfloat16", action="store_true", help="matrix products in bfloat16: faster on processors that have it"
     )
     fit.add_argument(
         "--neighbours-of",

@@ -22,7 +22,7 @@ class Augmentation:
     zoom     least and largest factor of the part that is seen: below 1 is nearer
     shift    of the image's side, both ways
     shear    both ways
-    flip     left and right, every other image
+    flip     left and right, each image or not at even odds
     jitter   of brightness and contrast, both ways
     tint     of the strength of each colour by itself, both ways
     grey     how often colours are taken away

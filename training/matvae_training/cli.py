@@ -139,7 +139,9 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
                 )
                 return 0
             network, config = arguments.network(options), arguments.config(options)
-            log = stack.enter_context(log_file.open("w", encoding="utf-8")) if log_file else None
+            # What a run logged before it stopped is not lost: neither when it goes on, nor when it is refused.
+            mode = "a" if resume or (run is not None and run.exists()) else "w"
+            log = stack.enter_context(log_file.open(mode, encoding="utf-8")) if log_file else None
             pipeline.fit_bundle(
                 source=source,
                 out=options.out,

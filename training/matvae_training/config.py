@@ -149,16 +149,17 @@ SUITABLE = {"mnist": "digits", "fashion-mnist": "garments"}
 
 
 def default_prefix_weights(prefixes: tuple[int, ...]) -> tuple[float, ...]:
-    """3 up to 4 dimensions, 2 up to 8, then 1: short prefixes gain from it, long ones lose next to nothing."""
+    """3 up to 4 dimensions, 2 up to 8, then 1. EXPERIMENTS.md has what other weights gain and cost."""
     return tuple(3.0 if m <= 4 else 2.0 if m <= 8 else 1.0 for m in prefixes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """How to train. One weight per prefix of the network; `batch_size` is also the sample of the MMD: 256 or more.
+    """How to train. One weight per prefix of the network.
 
-    `prefixes_per_step` trains the whole code and so many of the others at every step, not all of them. `device` is
-    where: `cpu` or `cuda`.
+    `batch_size` is also the sample of the MMD. Two images are the least that have a pair to compare; 256 or more are
+    advisable, because the estimate is the noisier the fewer codes it is made of. `prefixes_per_step` trains the whole
+    code and so many of the others at every step, not all of them. `device` is where: `cpu` or `cuda`.
     """
 
     epochs: int = 20

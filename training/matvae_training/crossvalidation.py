@@ -72,11 +72,9 @@ def cross_validate(
 ) -> Values:
     """All scores of the bundle's codes of `data`, over k folds or (None) the standard split, for seeds 0, 1, ....
 
-    Raises DataError: the images or classes are not those that the bundle is of, or there are more folds than images.
+    `data` are those that `data.of_card` finds. Raises DataError: there are more folds than images.
     """
     card = bundle.card
-    if data.train.images.shape[1:] != card.network.image_shape or data.classes != card.classes:
-        raise DataError(f"the bundle {card.name} is of other images or classes than {data.name}")
     images = torch.cat([data.train.images, data.test.images])
     labels = torch.cat([data.train.labels, data.test.labels])
     say(f"encode: {len(images)} images")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
+from matvae_server.card import Card
 from matvae_training import packed
 from matvae_training.config import CLASSES, FOLDER, DataError
 from matvae_training.folder import read_folder, summary
@@ -77,6 +79,23 @@ def load(name: str, root: Path, shape: tuple[int, int, int] | None = None) -> Da
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(f"{name} in {root}: train and test images differ in shape")
     return _dataset(name, classes, train, test)
+
+
+def of_card(card: Card, root: Path, name: str | None = None) -> Dataset:
+    """The data that a bundle with this card was trained on, read from `root` as `load` does; its classes alone.
+
+    `name` is that of the data set, where the card does not say it. Raises DataError: it is none that is known here, or
+    its images or classes are others than the bundle's.
+    """
+    name = name or card.provenance.get("dataset", "")
+    if name not in (*CLASSES, FOLDER):
+        raise DataError(f"the card of {card.name} names no data set that is known here: give --dataset")
+    found = load(name, root, card.network.image_shape if name == FOLDER else None)
+    if excluded := json.loads(card.provenance.get("excluded_classes", "{}")):
+        found = without(found, list(excluded.values()))
+    if found.train.images.shape[1:] != card.network.image_shape or found.classes != card.classes:
+        raise DataError(f"the bundle {card.name} is of other images or classes than {name}")
+    return found
 
 
 def _dataset(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from matvae_training.checkpoint import Checkpoint
 from matvae_training.config import FitConfig, FitError
 from matvae_training.neighbours import Points, leading_components, nearest_images, partners_of
 from matvae_training.objectives import build
-from matvae_training.objectives.composition import Matryoshka, Network, Terms
+from matvae_training.objectives.composition import Matryoshka, Network, Term, Terms
 from matvae_training.stopping import Stopping
 
 
@@ -64,17 +64,28 @@ def fit(
     checkpoint: Checkpoint | None = None,
     stopping: Stopping | None = None,
     points_of: Points | None = None,
+    terms: Mapping[str, tuple[float, Term]] | None = None,
 ) -> MatVae:
     """Train on uint8 images (n, height, width, channels), int64 labels (n,); returns the network in eval mode.
 
     It trains on the device of `config`, and is on the CPU when it returns. Labels are read only by an objective with
-    heads. `report` is called after every step. The same seed on the same machine gives the same network. Raises what
-    `train` does, and FitError where there is no such device.
+    heads. `report` is called after every step. The same seed on the same machine gives the same network. The others
+    are as of `train`. Raises what that does, and FitError where there is no such device.
     """
     where = device.find(config.device)
     torch.manual_seed(config.seed)
     model = MatVae(network).to(memory_format=torch.channels_last).to(where)
-    train(model, images, config, report, labels=labels, checkpoint=checkpoint, stopping=stopping, points_of=points_of)
+    train(
+        model,
+        images,
+        config,
+        report,
+        labels=labels,
+        checkpoint=checkpoint,
+        stopping=stopping,
+        points_of=points_of,
+        terms=terms,
+    )
     return model.cpu()
 
 
@@ -88,12 +99,15 @@ def train(
     checkpoint: Checkpoint | None = None,
     stopping: Stopping | None = None,
     points_of: Points | None = None,
+    terms: Mapping[str, tuple[float, Term]] | None = None,
     plain: bool = False,
 ) -> None:
     """Train a model that exists, as `fit` does, where it is; seeding and making it is the caller's. Ends in eval mode.
 
-    `points_of` gives the codes by which an objective finds neighbours, where it does not by pixels. `plain` takes Adam
-    at a constant rate (Kingma & Ba 2015, arXiv 1412.6980).
+    `points_of` gives the codes by which an objective finds neighbours, where it does not by pixels. `terms`, weight and
+    term by name, are added to those of the configuration, or take the place of one of that name. They see labels only
+    where the configuration has heads, whose name one may take: it is what says on a card that an encoder learned from
+    labels. `plain` takes Adam at a constant rate (Kingma & Ba 2015, arXiv 1412.6980).
 
     With a `checkpoint`, training goes on from what it holds, step by step as if it had never stopped, and saves to it
     after every epoch. With `stopping`, it ends when that says so, and the model has its best weights then. Raises
@@ -116,7 +130,8 @@ def train(
         raise FitError("a model without a decoder cannot reconstruct: take an objective with heads alone")
     classes = int(labels.max()) + 1 if labels is not None else 0
     model.train()
-    objective = nested(config, network, classes)
+    labels = labels if config.objective.uses_labels else None
+    objective = nested(config, network, classes, terms)
     where = next(iter(model.parameters())).device
     objective.learned().to(where)
     compute = device.compiled(objective.__call__, where) if config.compile else objective
@@ -154,10 +169,10 @@ def train(
         progress = torch.full((), (step - 1) / steps, device=where) if config.compile else (step - 1) / steps
         partners = None if nearest is None else partners_of(images, nearest, rows)
         batch_labels = None if labels is None else labels[rows]
-        terms = compute(model, images[rows], batch_labels, progress, objective.draw(), partners=partners)
+        costs = compute(model, images[rows], batch_labels, progress, objective.draw(), partners=partners)
         if where.type == "cpu" or ends or step % device.LOOK_EVERY == 0:
-            _check_finite(terms, step, checkpoint)
-        terms.loss.backward()  # type: ignore[no-untyped-call]
+            _check_finite(costs, step, checkpoint)
+        costs.loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
         validation_loss = stopping.see(objective, model, size, held_nearest) if stopping and ends else None
@@ -170,7 +185,7 @@ def train(
                 steps_per_epoch=per_epoch,
                 images_per_second=(step - done) * size / elapsed,
                 seconds_left=elapsed / (step - done) * (steps - step),
-                terms=terms,
+                terms=costs,
                 validation_loss=validation_loss,
             )
         )
@@ -181,10 +196,13 @@ def train(
     model.eval()
 
 
-def nested(config: FitConfig, network: NetworkConfig, classes: int) -> Matryoshka:
-    """The objective that `config` describes, over the prefixes of the network."""
+def nested(
+    config: FitConfig, network: NetworkConfig, classes: int, terms: Mapping[str, tuple[float, Term]] | None = None
+) -> Matryoshka:
+    """The objective that `config` describes, with `terms` of one's own, over the prefixes of the network."""
+    objective = build(config.objective, network, classes, bfloat16=config.bfloat16)
     return Matryoshka(
-        objective=build(config.objective, network, classes, bfloat16=config.bfloat16),
+        objective=dataclasses.replace(objective, terms={**objective.terms, **(terms or {})}),
         weights=config.prefix_weights,
         sampled_prefixes=config.prefixes_per_step,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 
 from matvae_server import bundle
 from matvae_training import arguments, crossvalidation, data, provenance, speed
-from matvae_training.config import CLASSES, FOLDER, DataError, FitConfig, default_prefix_weights
+from matvae_training.config import FitConfig, default_prefix_weights
+from matvae_training.console import say
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -29,20 +29,15 @@ def run(options: argparse.Namespace, command: str) -> None:
 def _evaluate(options: argparse.Namespace, command: str) -> None:
     loaded = bundle.load(bundle.find(options.bundle))
     card = loaded.card
-    name = options.dataset or card.provenance.get("dataset", "")
-    if name not in (*CLASSES, FOLDER):
-        raise DataError(f"the card of {card.name} names no data set that is known here: give --dataset")
-    whole = data.load(name, options.data_root, card.network.image_shape if name == FOLDER else None)
-    excluded = json.loads(card.provenance.get("excluded_classes", "{}"))
-    used = data.without(whole, list(excluded.values())) if excluded else whole
-    values = crossvalidation.cross_validate(loaded, used, k=options.folds, seeds=options.seeds, say=_say)
+    used = data.of_card(card, options.data_root, options.dataset)
+    values = crossvalidation.cross_validate(loaded, used, k=options.folds, seeds=options.seeds, say=say)
     print(crossvalidation.table(values))
     _write(
         options,
         {
             "bundle": card.name,
             "fingerprint": card.fingerprint,
-            "dataset": name,
+            "dataset": used.name,
             "data_sha256": used.digest,
             "folds": options.folds,
             "seeds": options.seeds,
@@ -65,7 +60,7 @@ def _speed(options: argparse.Namespace, command: str) -> None:
     )
     only = options.only or tuple(speed.VARIANTS)
     measured = speed.measure(
-        used.train, network, config, only=only, seconds=options.seconds, rounds=options.rounds, say=_say
+        used.train, network, config, only=only, seconds=options.seconds, rounds=options.rounds, say=say
     )
     print(speed.table(measured))
     _write(options, {"dataset": options.dataset, "device": _device(options.device), **measured}, command)
@@ -76,7 +71,7 @@ def _pack(options: argparse.Namespace, command: str) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     used = data.load(options.dataset, options.data_root, options.image_shape)
     data.pack(used, options.out)
-    _say(f"{options.out}: {len(used.train)} and {len(used.test)} images, {options.out.stat().st_size / 1e6:.1f} MB")
+    say(f"{options.out}: {len(used.train)} and {len(used.test)} images, {options.out.stat().st_size / 1e6:.1f} MB")
 
 
 def _device(name: str) -> str:
@@ -89,7 +84,3 @@ def _write(options: argparse.Namespace, values: Mapping[str, Any], command: str)
     circumstances = provenance.circumstances(torch.get_num_threads(), command)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**circumstances, **values}, indent=1) + "\n", encoding="utf-8")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

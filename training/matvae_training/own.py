@@ -17,8 +17,9 @@ from matvae_server.card import Card, NetworkConfig
 from matvae_server.network import MatryoshkaDecoder
 from matvae_training import provenance
 from matvae_training.bundling import write_bundle
-from matvae_training.config import FitError
+from matvae_training.config import FitConfig, FitError
 from matvae_training.data import Dataset
+from matvae_training.recipe import repeatable, seen
 
 PREFIXES = (2, 4, 8, 16, 32, 64, 128)
 
@@ -79,12 +80,25 @@ class Model(nn.Module):
         self.decoder = None if decoder_hidden is None else _decoder(self.config, decoder_hidden)
 
 
-def export(model: Model, data: Dataset, out: Path, *, name: str, license: str, measure: bool = True) -> Card:
+def export(
+    model: Model,
+    data: Dataset,
+    out: Path,
+    *,
+    name: str,
+    license: str,
+    measure: bool = True,
+    config: FitConfig | None = None,
+    ordered: bool = False,
+) -> Card:
     """Write the trained model as a bundle into `out`; returns its card.
 
     Quantiser and heads are fitted on the training images, and measured on the test images, with `measure`; the card
-    then says how good each prefix is at each precision. Raises ExportError, and OSError where `out` cannot be written.
+    then says how good each prefix is at each precision. `config` is what it was trained by, and `ordered` whether
+    `ordering.order` followed: without a configuration the card cannot say whether the encoder learned from labels, and
+    nobody can tell with which models it may be compared. Raises ExportError, and OSError where `out` cannot be written.
     """
+    saw = "nothing is said of what its encoder learned from" if config is None else seen(config.objective)
     return write_bundle(
         model,
         train=data.train,
@@ -93,7 +107,7 @@ def export(model: Model, data: Dataset, out: Path, *, name: str, license: str, m
         classes=data.classes,
         out=out,
         name=name,
-        description=f"{type(model.encoder.body).__name__}, made Matryoshka by {name}'s own training.",
+        description=f"{type(model.encoder.body).__name__}, made Matryoshka by {name}'s own training: {saw}.",
         license=license,
         provenance={
             "dataset": data.name,
@@ -102,6 +116,9 @@ def export(model: Model, data: Dataset, out: Path, *, name: str, license: str, m
             "n_train": str(len(data.train)),
             "hardware": provenance.hardware(torch.get_num_threads()),
             "versions": provenance.versions(),
+            "commit": provenance.commit(),
+            **({} if config is None else repeatable(config)),
+            "ordered": str(ordered).lower(),
         },
         measure=measure,
         invariance_batches=(2, 7, 64),

@@ -16,13 +16,15 @@ from matvae_server.bundle import Bundle
 from matvae_server.card import Card, NetworkConfig
 from matvae_training import earlier, provenance
 from matvae_training.bundling import table, write_bundle
-from matvae_training.config import FOLDER, OBJECTIVES, FitConfig, FitError, ObjectiveConfig
+from matvae_training.config import FOLDER, FitConfig, FitError
+from matvae_training.console import say
 from matvae_training.data import Split, hold_out, load, without
 from matvae_training.export import Servable
 from matvae_training.fit import Progress, fit
 from matvae_training.folder import summary
 from matvae_training.ordering import order
 from matvae_training.pca import fit_pca
+from matvae_training.recipe import describe, repeatable
 from matvae_training.run import Run
 from matvae_training.stopping import Stopping
 
@@ -111,9 +113,7 @@ def fit_bundle(
         points_of = earlier.points_of(neighbours_of, config.objective, data.shape, data.known)
     repeat = {
         **data.known,
-        "seed": str(config.seed),
-        "epochs": str(config.epochs),
-        "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
+        **repeatable(config),
         "ordered": str(ordered).lower(),
         **({} if neighbours_of is None else {"neighbours_of": earlier.origin(neighbours_of)}),
         **_circumstances(command),
@@ -124,7 +124,7 @@ def fit_bundle(
         kept = Run(run, {**repeat, **shaped}, resume=resume, tensorboard=tensorboard)
 
     found = f", the {config.objective.neighbours} nearest of each first" if config.objective.neighbours else ""
-    _say(f"fit: {len(data.train)} images, {config.epochs} epochs{found}")
+    say(f"fit: {len(data.train)} images, {config.epochs} epochs{found}")
     model = fit(
         data.train.images,
         network,
@@ -136,7 +136,7 @@ def fit_bundle(
         points_of=points_of,
     )
     if ordered:
-        _say("order the code")
+        say("order the code")
         order(model, data.train.images)
     seconds = f"{time.perf_counter() - started:.0f} to fit"
     return _write(model, data, out, describe(data.name, network, config.objective), {**repeat, "seconds": seconds})
@@ -190,7 +190,7 @@ def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
     out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
     whole = load(source.dataset, source.root, source.image_shape)
     if whole.unreadable:
-        _say(f"left out {len(whole.unreadable)} files that cannot be read: {summary(whole.unreadable)}")
+        say(f"left out {len(whole.unreadable)} files that cannot be read: {summary(whole.unreadable)}")
     data = without(whole, source.exclude_classes) if source.exclude_classes else whole
     held_out = hold_out(data.train, source.validation, _SPLIT_SEED) if source.validation else (data.train, data.test)
     train, held = held_out
@@ -231,38 +231,10 @@ def _write(model: Servable, data: _Prepared, out: Path, description: str, known:
         name=data.name,
         description=description,
         provenance={**known, **data.stopped},
-        say=_say,
+        say=say,
     )
-    _say(f"{out}: {card.fingerprint[:12]}\n{table(card)}")
+    say(f"{out}: {card.fingerprint[:12]}\n{table(card)}")
     return card
-
-
-def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -> str:
-    """One sentence for the card: what was trained on what, and who saw labels or several views of an image."""
-    parts = " + ".join(part for part in (objective.reconstruction, objective.divergence) if part != "none")
-    default = ObjectiveConfig()
-    plain = dataclasses.replace(
-        objective,
-        consistency="none",
-        consistency_weight=default.consistency_weight,
-        consistency_scale=default.consistency_scale,
-        augmentation="none",
-        neighbours=0,
-        neighbours_by=default.neighbours_by,
-    )
-    name = next((name for name, value in OBJECTIVES.items() if value == plain), parts)
-    title = {"mmd-vae": "MMD-VAE"}.get(name, f"code ({name})")
-    if objective.consistency != "none":
-        title += f" with {objective.consistency} of {'neighbours' if objective.neighbours else 'two views'}"
-    nested = "Matryoshka" if len(network.prefixes) > 1 else "Single-size"
-    saw = (
-        "encoder and heads learned from labels" if objective.uses_labels else "the encoder saw no labels, the heads did"
-    )
-    if objective.augmentation != "none":
-        saw += f"; it saw augmented views ({objective.augmentation})"
-    if objective.neighbours:
-        saw += f"; it compared each image with the {objective.neighbours} nearest by {objective.neighbours_by}"
-    return f"{nested} {title} of {dataset}: {saw}."
 
 
 class _Reporter:
@@ -289,7 +261,3 @@ class _Reporter:
             print(json.dumps(progress.record()), file=self._log, flush=True)
         if ends and self._record is not None:
             self._record(progress.record())
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

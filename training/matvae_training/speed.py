@@ -83,9 +83,9 @@ def measure(
 ) -> dict[str, Any]:
     """Time the variants named in `only` on `data`, each for so many seconds in each round; returns values for JSON.
 
-    Matrix products and feeding take two to three times as long as one of them.
-
-    Of `config` its batch size, objective and device count. Raises FitError: a name that is none, or what `train` does.
+    Beside them come matrix products, a quarter of that time for each of two types; feeding, an eighth for each of two
+    to four ways; and what torch.compile takes. What a variant does not change is as `config` has it, but for the
+    epochs. Raises FitError: a name that is none, or what `train` does.
     """
     if unknown := [name for name in only if name not in VARIANTS]:
         raise FitError(f"no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")

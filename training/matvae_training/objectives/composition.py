@@ -197,14 +197,6 @@ class Objective:
         )
         return sum(rest, start=first)
 
-    def __call__(
-        self, network: Network, images: Tensor, labels: Tensor | None = None, progress: float | Tensor = 0.0
-    ) -> Terms:
-        """What a batch costs without Matryoshka: the network has one prefix, the whole code."""
-        parts = self.parts(network, images, labels, progress)
-        (loss,) = self.weighted(parts)
-        return Terms(loss=loss, parts=parts, prefixes=network.config.prefixes)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Matryoshka:

@@ -6,6 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from matvae_training.config import CLASSES, FOLDER
+from matvae_training.option_values import whole
+from matvae_training.reproduce.tables import TABLES, VARIANTS
+
 COMMANDS = ("reproduce", "explain", "figures", "page")
 REDUCED_IMAGES, REDUCED_EPOCHS = 6_000, 5
 
@@ -23,7 +27,7 @@ def add(commands: Any) -> None:
     reproduce.add_argument(
         "--table",
         type=int,
-        choices=range(1, 23),
+        choices=TABLES,
         metavar="N",
         action="append",
         required=True,
@@ -33,7 +37,7 @@ def add(commands: Any) -> None:
     reproduce.add_argument("--images", type=int, help=f"that train, where not --full ({REDUCED_IMAGES})")
     reproduce.add_argument("--epochs", type=int, help=f"at most, where not --full ({REDUCED_EPOCHS})")
     reproduce.add_argument("--folds", type=int, choices=range(1, 6), default=1, help="of the five (%(default)s)")
-    reproduce.add_argument("--variant", choices=("as-written", "mended"), help="one alone (both)")
+    reproduce.add_argument("--variant", choices=VARIANTS, help="one alone (both)")
     reproduce.add_argument("--seed", type=int, default=0, help="of folds, weights and order (%(default)s)")
     explain = commands.add_parser(
         "explain",
@@ -52,6 +56,7 @@ def add(commands: Any) -> None:
         allow_abbrev=False,
     )
     figures.add_argument("bundle", help="a directory, or the name of a packaged bundle")
+    figures.add_argument("--dataset", choices=[*sorted(CLASSES), FOLDER], help="(what the bundle was trained on)")
     _add_paths(figures)
     page = commands.add_parser(
         "page",
@@ -65,6 +70,6 @@ def add(commands: Any) -> None:
 
 
 def _add_paths(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-root", type=Path, required=True, help="directory in torchvision's layout")
+    parser.add_argument("--data-root", type=Path, required=True, help="as of `matvae-train fit`")
     parser.add_argument("--out", type=Path, required=True, help="directory for what is written")
-    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+    parser.add_argument("--threads", type=whole(1), help="CPU threads (all cores)")

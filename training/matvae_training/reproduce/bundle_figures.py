@@ -1,7 +1,8 @@
 """Pictures of a bundle: what its codes look like, and what its decoder makes of them.
 
 NAME-codes.png            test images by their first two dimensions, coloured by class
-NAME-samples.png          draws from the prior, decoded from every prefix
+NAME-samples.png          draws from the prior, or by the variances of the codes where they are ordered, decoded from
+                          every prefix
 NAME-reconstructions.png  test images, and what every prefix keeps of them
 NAME-traversals.png       one image, each of its first dimensions moved across the range that codes have, decoded
                               from the shortest prefix that has it
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from matvae_server.bundle import Bundle
+from matvae_server.card import Card
 from matvae_training.config import FitError
 from matvae_training.data import Dataset
 from matvae_training.export import session
@@ -24,22 +26,24 @@ from matvae_training.reproduce import plots
 
 Array = npt.NDArray[Any]
 _SHOWN = 2_000
+_BATCH = 250
 _COLUMNS = 12
 _STEPS = 9
 _TRAVERSED = 8
 
 
-def draw(bundle: Bundle, load: Callable[[str], Dataset], out: Path) -> None:
-    """Draw the four pictures of `bundle` into `out`; `load` gives its data set by name. Raises FitError, DataError."""
+def draw(bundle: Bundle, load: Callable[[Card], Dataset], out: Path) -> None:
+    """Draw the four pictures of `bundle` into `out`; `load` gives the data of its card. Raises FitError, DataError."""
     if bundle.decoder_onnx is None:
         raise FitError(f"{bundle.path} has no decoder: there is nothing to draw")
-    data = load(bundle.card.provenance.get("dataset", bundle.card.name))
+    data = load(bundle.card)
     out.mkdir(parents=True, exist_ok=True)
     encoder, decoder = session(bundle.encoder_onnx), session(bundle.decoder_onnx)
     prefixes = bundle.card.network.prefixes
     name = bundle.card.name
     images, labels = data.test.images[:_SHOWN].numpy(), data.test.labels[:_SHOWN].numpy()
-    codes: Array = np.concatenate([encoder.run(None, {"images": part})[0] for part in np.array_split(images, 8)])
+    batches = (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
+    codes: Array = np.concatenate([encoder.run(None, {"images": batch})[0] for batch in batches])
 
     def decode(rows: Array, index: int) -> Array:
         pixels: Array = decoder.run(None, {"codes": rows.astype(np.float32), "prefix_index": np.array(index)})[0]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from matvae_training import provenance
 from matvae_training.config import FitError
+from matvae_training.console import say
 from matvae_training.reproduce import arguments, page
 
 
@@ -18,14 +18,15 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
         return
     import torch
 
-    from matvae_training.data import load
+    from matvae_training.data import load, of_card
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     command = provenance.command("matvae-train", words, provenance.PATHS)
     if options.command == "reproduce":
         from matvae_training.reproduce.records import Results
-        from matvae_training.reproduce.run import VARIANTS, Amount, reproduce
+        from matvae_training.reproduce.run import Amount, reproduce
+        from matvae_training.reproduce.tables import VARIANTS
 
         images, epochs = _amount(options)
         results = Results(options.out / "reproduce.json")
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
             amount=Amount(images=images, epochs=epochs, folds=options.folds, seed=options.seed),
             variants=(options.variant,) if options.variant else VARIANTS,
             command=command,
-            say=_say,
+            say=say,
         )
         print(page.tables(results.records, options.table), end="")
     elif options.command == "explain":
@@ -49,14 +50,14 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
             epochs=options.epochs,
             small_epochs=options.small_epochs,
             command=command,
-            say=_say,
+            say=say,
         )
     else:
         from matvae_server import bundle
         from matvae_training.reproduce import bundle_figures
 
         loaded = bundle.load(bundle.find(options.bundle))
-        bundle_figures.draw(loaded, lambda name: load(name, options.data_root), options.out)
+        bundle_figures.draw(loaded, lambda card: of_card(card, options.data_root, options.dataset), options.out)
 
 
 def _amount(options: argparse.Namespace) -> tuple[int | None, int]:
@@ -67,7 +68,3 @@ def _amount(options: argparse.Namespace) -> tuple[int | None, int]:
     if options.images is not None or options.epochs is not None:
         raise FitError("--full is all images and 20 epochs: leave out --images and --epochs")
     return None, 20
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

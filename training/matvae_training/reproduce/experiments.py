@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from matvae_training import provenance
 from matvae_training.config import FitConfig, ObjectiveConfig
 from matvae_training.data import Dataset
 from matvae_training.fit import Progress, train
@@ -28,7 +29,7 @@ from matvae_training.objectives.kernels import KERNELS
 from matvae_training.objectives.mmd import mmd
 from matvae_training.reproduce import protocol, records
 from matvae_training.reproduce.network import ReportVae, network
-from matvae_training.reproduce.run import circumstances, posterior_facts
+from matvae_training.reproduce.run import posterior_facts
 
 SAMPLES = "explain-samples.npz"
 SMALL = 500
@@ -52,7 +53,8 @@ def run(
     """Add to the file at `path` what it lacks, and beside it samples of the models of `small`. Raises FitError."""
     whole: dict[str, Any] = records.read(path) if path.exists() else {"format": records.FORMAT}
     runs = whole.setdefault("runs", [])  # a file may come from several
-    if (this := {"data_sha256": data.digest, **circumstances(command)}) not in runs:
+    this = {"data_sha256": data.digest, **provenance.circumstances(torch.get_num_threads(), command)}
+    if this not in runs:
         runs.append(this)
     parts = protocol.fold(data, 0, images, 0)
     for name, settings in _trainings(parts.train.images[0].numel()):

@@ -14,10 +14,9 @@ from matvae_training.config import FitError
 from matvae_training.reproduce import explanation
 from matvae_training.reproduce.explanation import grid
 from matvae_training.reproduce.records import read
-from matvae_training.reproduce.tables import TABLES, Table
+from matvae_training.reproduce.tables import TABLES, VARIANTS, Table
 
 Record = dict[str, Any]
-VARIANTS = ("as-written", "mended")
 PICTURES = ("codes", "samples", "reconstructions", "traversals")
 EXPERIMENTS = ("balance", "kernel", "reach", "code", "small")
 
@@ -178,8 +177,9 @@ def _bundles(pictures: Sequence[str]) -> Iterable[str]:
         drawn = "".join(f"![{kind}](figures/{name}-{kind}.png)\n" for kind in PICTURES)
         yield (
             f"## What the {name} bundle learned\n\n"
-            "By `matvae-train figures BUNDLE`: codes of 2,000 test images by their first two dimensions; draws from "
-            f"the prior and reconstructions, by prefix; the first dimensions, one at a time.\n\n{drawn}"
+            "By `matvae-train figures BUNDLE`: codes of 2,000 test images by their first two dimensions; draws (from "
+            "the prior or, where the code is ordered, by the variances of its dimensions) and reconstructions, by "
+            f"prefix; the first dimensions, one at a time.\n\n{drawn}"
         )
 
 

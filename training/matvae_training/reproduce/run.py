@@ -22,9 +22,8 @@ from matvae_training.extras import reconstruction_mse
 from matvae_training.reproduce import protocol
 from matvae_training.reproduce.network import ReportVae
 from matvae_training.reproduce.records import Results
-from matvae_training.reproduce.tables import TABLES, Table
+from matvae_training.reproduce.tables import TABLES, VARIANTS, Table
 
-VARIANTS = ("as-written", "mended")
 _MEASURED = 2_000
 """Test images whose reconstructions and posteriors are measured."""
 
@@ -109,7 +108,7 @@ def reproduce(
         started = time.perf_counter()
         record = measure(training, protocol.fold(data, training.fold, training.images, training.seed))
         record["seconds"] = round(time.perf_counter() - started)
-        record |= {"data_sha256": data.digest, **circumstances(command)}
+        record |= {"data_sha256": data.digest, **provenance.circumstances(torch.get_num_threads(), command)}
         results.add(record)
         say(f"{index}/{len(missing)} {line(record)}")
 
@@ -167,16 +166,6 @@ def posterior_facts(
 
 def _significant(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def circumstances(command: str) -> dict[str, str]:
-    """Where numbers were made."""
-    return {
-        "hardware": provenance.hardware(torch.get_num_threads()),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-        "command": command,
-    }
 
 
 def line(record: dict[str, Any]) -> str:

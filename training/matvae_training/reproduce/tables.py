@@ -10,6 +10,8 @@ import dataclasses
 
 SINGLE = (2, 8, 16, 32, 64, 128)
 NESTED = (2, 4, 8, 16, 32, 64, 128)
+VARIANTS = ("as-written", "mended")
+"""How we run them: by the report's protocol to the letter, and with its likely faults mended (`protocol`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
