@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """One entry a request, in the order in which they were due.
+    """One entry a request; those of one run in the order in which they were due.
 
     `due`, `sent` and `done` are seconds since the load began; `codes` are gRPC's status numbers, or NO_ANSWER; `images`
     is how many each request held.

@@ -202,7 +202,8 @@ def _compared(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _share(point: dict[str, Any]) -> str:
     """Goodput as a share of the best load's, with the deviation from repeat to repeat."""
     shares = point.get("shares", ())
-    return f"{point['of_peak']:.2f}" + (f" ± {statistics.stdev(shares):.2f}" if len(shares) > 1 else "")
+    varies = len(set(shares)) > 1  # not from repeat to repeat where it is the best itself
+    return f"{point['of_peak']:.2f}" + (f" ± {statistics.stdev(shares):.2f}" if varies else "")
 
 
 def _others(statuses: dict[str, int]) -> str:

@@ -245,7 +245,8 @@ class EmbeddingClient:
         offset 0, are shorter than every trained prefix, or hold values that are not finite.
         """
         seconds, card = self._seconds(timeout), self.model()
-        most = most_images(card.limits.max_queue_images)
+        # The decoders' queue is not published: it holds two requests of the largest size, or more.
+        most = min(most_images(card.limits.max_queue_images), 2 * card.limits.max_images_per_request)
         return decode(codes, card, self._model_name, lambda request: self._connection.decode(request, most, seconds))
 
     def galleries(self) -> tuple[GallerySummary, ...]:

@@ -188,7 +188,7 @@ class Connection:
         except TimeoutError:
             raise DeadlineError(
                 f"within {seconds:g} s this process had {most} images under way to {self._target}, as many as it may: "
-                "nothing was sent; embed less at a time, or wait longer with a larger timeout="
+                "nothing was sent; ask for less at a time, or wait longer with a larger timeout="
             ) from None
         return place, max(0.001, seconds - (time.monotonic() - started))
 

@@ -184,8 +184,8 @@ class Batcher:
             self._timer.cancel()
             self._timer = None
         self._handed += 1
-        self._hurry = False
         self._batches.put(self._next())
+        self._hurry = self._hurry and bool(self._waiting)  # whoever is in a hurry may have had no room
 
     def _next(self) -> list[_Work]:
         """Work of at most `max_batch` images together, or one larger item."""

@@ -23,9 +23,9 @@ With the status that it would have as a call. Must not raise.
 class Call:
     """One call. The transport fills the first block, the core the second.
 
-    `seconds` is how long the caller waits, None where without end. `codes` are those to be decoded. Durations are in
-    seconds; those of a stream, like what its codes are, are of its latest message, its counts of all; `parts` is how
-    many messages it had. `bytes_out` are those of the codes.
+    `seconds` is how long the caller waits, None where without end. `codes` is how many are to be decoded. Durations
+    are in seconds; those of a stream, like its dimensions and precision, are of its latest message, its counts of all;
+    `parts` is how many messages it had. `bytes_out` are those of the codes.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""`matvae-serve --check`: everything that a start does but answer, and what would be served."""
+"""`matvae-serve --check`: everything that a start does but answer, a code decoded, and what would be served."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matvae.v1 import embedding_pb2 as pb
 from matvae_server import security
 from matvae_server.bundle import DECODER
 from matvae_server.config import ServerConfig, bracketed, cores
-from matvae_server.errors import InternalError, NotFoundError, UnimplementedError
+from matvae_server.errors import InternalError, InvalidArgumentError, NotFoundError, UnimplementedError
 from matvae_server.galleries import GalleryError
 from matvae_server.models import Model, ModelError, Models, discard
 from matvae_server.ports import StartupError
@@ -62,7 +62,7 @@ def _try_decoder(model: Model) -> str | None:
         return None
     except UnimplementedError as error:
         return f"note: {error}"
-    except InternalError as error:
+    except (InternalError, InvalidArgumentError) as error:  # the second: nothing finite comes of it
         raise StartupError(f"{model.bundle.path / DECODER}: {error}") from None
     return None
 

@@ -179,7 +179,9 @@ def _add_process_flags(flags: Flags) -> None:
     add(operations, "--metrics-port", "HTTP port for Prometheus", type=int, metavar="PORT")
     add(operations, "--log-format", "how the log is written, on stderr", choices=("text", "json"))
     operations.add_argument(
-        "--check", action="store_true", help="load and warm up what the flags name, say what would be served, and exit"
+        "--check",
+        action="store_true",
+        help="load and warm up what the flags name, decode a code, say what would be served, and exit",
     )
     operations.add_argument(
         "--measure", action="store_true", help="print the encoder's own rate by batch size as JSON, and exit"

@@ -25,14 +25,13 @@ import grpc
 import numpy as np
 from PIL import Image
 
-from matvae_client import Codes, CodesDirectory
-
 INTERNAL = grpc.StatusCode.INTERNAL.value[0]
 
 with atheris.instrument_imports(include=["matvae", "matvae_server"]):
     from google.protobuf.message import DecodeError
 
     from matvae.v1 import embedding_pb2 as pb
+    from matvae_client import Codes, CodesDirectory  # here, because it imports matvae.v1, too
     from matvae_server import bundle
     from matvae_server.call import Call
     from matvae_server.card import Card, CardError
@@ -43,7 +42,6 @@ with atheris.instrument_imports(include=["matvae", "matvae_server"]):
     from matvae_server.images import Limits
     from matvae_server.models import Models
     from matvae_server.service import EmbeddingCore
-
 
 GALLERY = "g"
 

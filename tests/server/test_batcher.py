@@ -179,6 +179,28 @@ def test_who_has_little_time_left_waits_for_nobody(
     assert encode.batches == [1]
 
 
+def test_who_is_in_a_hurry_and_had_no_room_in_a_batch_still_is() -> None:
+    encode = Recorder()
+    encode.release.set()
+
+    async def run() -> list[bool]:
+        one = Batcher(encode, max_batch=2)
+        one._patience.images = 32
+        tasks = [
+            asyncio.create_task(one.encode(np.concatenate([labelled(0)] * 2))),
+            asyncio.create_task(one.encode(labelled(1), 0.001)),
+        ]
+        hurry = []
+        hand = one._hand
+        one._hand = lambda: (hand(), hurry.append(one._hurry))  # type: ignore[method-assign, assignment]
+        await asyncio.gather(*tasks)
+        await one.close()
+        return hurry
+
+    assert asyncio.run(run()) == [True, False]
+    assert encode.batches == [2, 1]
+
+
 def test_patience_grows_while_it_pays_and_remembers_for_a_while_that_it_did_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from matvae_server import bundle, card
 from matvae_server.network import MatVae
-from matvae_training import cli, data, provenance
+from matvae_training import arguments, cli, data, provenance
 from matvae_training.config import DataError
 from matvae_training.export import TOLERANCE, session
 
@@ -315,9 +315,17 @@ def test_an_option_that_is_no_path_keeps_its_value_whatever_paths_are_called():
     words = ["fit", "--dataset", "mnist", "--out", "mnist", "--data-root=mnist", "--name", "mnist"]
     line = provenance.command("matvae-train", words, provenance.PATHS)
     assert line == "matvae-train fit --dataset mnist --out OUT --data-root=DATA_ROOT --name mnist"
-    words = ["order", "runs/old", "--dataset", "mnist", "--out", "runs/new"]
-    line = provenance.command("matvae-train", words, provenance.PATHS, "runs/old", "BUNDLE")
-    assert line == "matvae-train order BUNDLE --dataset mnist --out OUT"
+    words = ["order", "mnist", "--dataset", "mnist", "--threads=1", "--out", "mnist"]
+    line = provenance.command("matvae-train", words, provenance.PATHS, "mnist", "BUNDLE")
+    assert line == "matvae-train order BUNDLE --dataset mnist --threads=1 --out OUT"
+
+
+@pytest.mark.parametrize("name", ["order", "evaluate", "card", "figures"])
+def test_every_option_beside_a_bundle_has_a_value(name):
+    """So the word behind one is no bundle, whose path would stay in the command on a card."""
+    (commands,) = (action for action in arguments.parser()._actions if action.dest == "command")
+    for action in commands.choices[name]._actions:
+        assert action.nargs != 0 or action.dest == "help", action.option_strings
 
 
 def test_excluded_classes_are_in_nothing(data_root, tmp_path):

@@ -114,28 +114,46 @@ def test_the_torch_runtime_says_what_to_take(photos):
 
 def test_the_card_says_that_it_learned_from_labels_and_how(documented, photos):
     known = bundle.load(photos / "bundle").card
-    assert known.description.endswith("'s own training: encoder and heads learned from labels.")
+    assert known.description.endswith(
+        "'s own training: in this training encoder and heads learned from labels; its encoder learned from labels."
+    )
     assert json.loads(known.provenance["config"]) == json.loads(json.dumps(dataclasses.asdict(documented["config"])))
-    assert (known.provenance["seed"], known.provenance["epochs"], known.provenance["ordered"]) == ("0", "1", "false")
+    assert (known.provenance["seed"], known.provenance["epochs"], known.provenance["encoder_saw_labels"]) == (
+        "0",
+        "1",
+        "true",
+    )
     assert known.provenance["commit"]
     (group,) = summary.group([summary.Run.of(known)])
     assert group.objective == "multitask"
-    assert group.tier == (True, False)
+    assert group.tier == "With labels"
 
 
 @pytest.mark.parametrize(
-    ("told", "says"),
+    ("told", "says", "saw_labels"),
     [
-        ({}, "nothing is said of what its encoder learned from."),
-        ({"config": FitConfig(), "ordered": True}, "the encoder saw no labels, the heads did."),
+        ({}, "nothing is said of how; nobody said whether its encoder saw labels before.", "unknown"),
+        ({"saw_labels": True}, "nothing is said of how; its encoder learned from labels.", "true"),
+        (
+            {"config": FitConfig(), "ordered": True},
+            "in this training the encoder saw no labels, the heads did; nobody said whether its encoder saw labels "
+            "before.",
+            "unknown",
+        ),
+        (
+            {"config": FitConfig(), "saw_labels": False},
+            "in this training the encoder saw no labels, the heads did; its encoder never saw labels.",
+            "false",
+        ),
     ],
 )
-def test_the_card_says_no_more_than_it_was_told(data, tmp_path, told, says):
+def test_the_card_says_no_more_than_it_was_told(data, tmp_path, told, says, saw_labels):
     model = own.Model(tiny(), (8, 8, 1), prefixes=(2, 4), decoder_hidden=None)
     known = own.export(model, data, tmp_path, name="tiny", license="MIT", measure=False, **told)
     assert known.description == f"Sequential, made Matryoshka by tiny's own training: {says}"
-    assert ("config" in known.provenance) == bool(told)
-    assert known.provenance["ordered"] == ("true" if told else "false")
+    assert ("config" in known.provenance) == ("config" in told)
+    assert known.provenance.get("ordered") == ("true" if "ordered" in told else None)
+    assert known.provenance["encoder_saw_labels"] == saw_labels
 
 
 def tiny():

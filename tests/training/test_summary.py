@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import statistics
 
 import pytest
@@ -76,14 +77,36 @@ def test_a_prefix_is_compared_with_a_model_of_that_size(packaged):
     assert found == ["", "", f"{value(single[0], 'mlp', 8):.2f}", "", f"{value(single[1], 'mlp', 32):.2f}", "", ""]
 
 
-@pytest.mark.parametrize("told", [{"heads": "untied"}, {"augmentation": "garments"}])
-def test_models_that_were_told_more_are_not_compared(packaged, told):
+@pytest.mark.parametrize(
+    ("told", "tier"),
+    [
+        ({"heads": "untied"}, "With labels"),
+        ({"augmentation": "garments"}, "Label-free, augmented views"),
+        ({"heads": "tied", "augmentation": "photos"}, "With labels, augmented views"),
+    ],
+)
+def test_models_that_were_told_more_are_in_tables_of_their_own(packaged, told, tier):
     nested, single = variant(packaged, fingerprint="0"), variant(packaged, prefixes=(8,), fingerprint="a")
     above = "| model | above |"
-    assert above in summary.render([nested, single])
+    page = summary.render([nested, single])
+    assert above in page
+    assert re.findall("^### (.*)", page, re.MULTILINE) == ["Label-free"]
     told_more = dataclasses.replace(nested, recipe=nested.recipe | told)
-    assert above not in summary.render([told_more, single])
+    page = summary.render([told_more, single])
+    assert above not in page
+    assert re.findall("^### (.*)", page, re.MULTILINE) == ["Label-free", tier]
     assert above in summary.render([told_more, dataclasses.replace(single, recipe=single.recipe | told)])
+
+
+def test_what_nobody_said_is_not_taken_for_label_free(packaged):
+    nested, single = variant(packaged, fingerprint="0"), variant(packaged, prefixes=(8,), fingerprint="a")
+    unsaid = dataclasses.replace(nested, recipe={"ordered": "false"})
+    page = summary.render([unsaid, single])
+    assert "### Nobody said whether with labels" in page
+    assert "| model | above |" not in page
+    assert row(page, "Matryoshka", "0", "10,000 test", "kNN")
+    said = dataclasses.replace(unsaid, provenance={"encoder_saw_labels": "false"})
+    assert "| model | above |" in summary.render([said, single])
 
 
 def test_recipes_are_called_by_the_objective_that_they_change_least(packaged):

@@ -36,7 +36,7 @@ def choices(covariance: Tensor, prefixes: tuple[int, ...]) -> Iterator[tuple[str
     turned, variances = turn(covariance, prefixes)
     kept = variances.clamp(min=1e-6 * variances.max())
     ranks = torch.arange(1, len(kept) + 1, dtype=kept.dtype)
-    nearest = descending(kept.log()).exp()
+    levelled = descending(kept.log()).exp()
     capped = kept.cummin(0).values
     by_block = kept.clone()
     for start, stop in itertools.pairwise(prefixes):
@@ -48,9 +48,9 @@ def choices(covariance: Tensor, prefixes: tuple[int, ...]) -> Iterator[tuple[str
         ("capped, i^-1/2", capped * ranks**-0.5),
         ("i^-1/2 alone", ranks**-0.5),
         ("i^-1 alone", ranks**-1.0),
-        ("nearest descending", nearest),
-        ("nearest descending, i^-1/4", nearest * ranks**-0.25),
-        ("nearest descending, i^-1/2", nearest * ranks**-0.5),
+        ("nearest descending", levelled),
+        ("nearest descending, i^-1/4", levelled * ranks**-0.25),
+        ("nearest descending, i^-1/2", levelled * ranks**-0.5),
     ):
         yield name, turned * (wanted / kept).sqrt()[:, None]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,44 +117,40 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
         patience=getattr(options, "patience", None),
     )
     try:
-        with contextlib.ExitStack() as stack:
-            if options.command == "pca":
-                pipeline.pca_bundle(
-                    source=source,
-                    out=options.out,
-                    prefixes=options.prefixes,
-                    probabilistic=options.probabilistic,
-                    threads=options.threads,
-                    command=command,
-                )
-                return 0
-            if options.command == "order":
-                pipeline.order_bundle(
-                    bundle.load(bundle.find(options.bundle)),
-                    source=source,
-                    out=options.out,
-                    threads=options.threads,
-                    command=command,
-                )
-                return 0
-            network, config = arguments.network(options), arguments.config(options)
-            # What a run logged before it stopped is not lost: neither when it goes on, nor when it is refused.
-            mode = "a" if resume or (run is not None and run.exists()) else "w"
-            log = stack.enter_context(log_file.open(mode, encoding="utf-8")) if log_file else None
-            pipeline.fit_bundle(
+        if options.command == "pca":
+            pipeline.pca_bundle(
                 source=source,
                 out=options.out,
-                network=network,
-                config=config,
-                ordered=options.ordered,
+                prefixes=options.prefixes,
+                probabilistic=options.probabilistic,
                 threads=options.threads,
                 command=command,
-                log=log,
-                run=run,
-                resume=bool(resume),
-                tensorboard=options.tensorboard,
-                neighbours_of=None if first is None else bundle.load(bundle.find(first)),
             )
+            return 0
+        if options.command == "order":
+            pipeline.order_bundle(
+                bundle.load(bundle.find(options.bundle)),
+                source=source,
+                out=options.out,
+                threads=options.threads,
+                command=command,
+            )
+            return 0
+        network, config = arguments.network(options), arguments.config(options)
+        pipeline.fit_bundle(
+            source=source,
+            out=options.out,
+            network=network,
+            config=config,
+            ordered=options.ordered,
+            threads=options.threads,
+            command=command,
+            log=log_file,
+            run=run,
+            resume=bool(resume),
+            tensorboard=options.tensorboard,
+            neighbours_of=None if first is None else bundle.load(bundle.find(first)),
+        )
     except (DataError, FitError, CardError, bundle.BundleError) as error:
         return _fail(str(error))
     except OSError as error:

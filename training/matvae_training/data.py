@@ -82,9 +82,9 @@ def load(name: str, root: Path, shape: tuple[int, int, int] | None = None) -> Da
 
 
 def of_card(card: Card, root: Path, name: str | None = None) -> Dataset:
-    """The data that a bundle with this card was trained on, read from `root` as `load` does; its classes alone.
+    """The data set that a bundle with this card names, read from `root` as `load` does; its classes alone.
 
-    `name` is that of the data set, where the card does not say it. Raises DataError: it is none that is known here, or
+    `name` is another data set, or that of a card that names none. Raises DataError: it is none that is known here, or
     its images or classes are others than the bundle's.
     """
     name = name or card.provenance.get("dataset", "")

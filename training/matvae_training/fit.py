@@ -106,8 +106,8 @@ def train(
 
     `points_of` gives the codes by which an objective finds neighbours, where it does not by pixels. `terms`, weight and
     term by name, are added to those of the configuration, or take the place of one of that name. They see labels only
-    where the configuration has heads, whose name one may take: it is what says on a card that an encoder learned from
-    labels. `plain` takes Adam at a constant rate (Kingma & Ba 2015, arXiv 1412.6980).
+    where the configuration has heads, so that the card tells of it; of the terms themselves no card does. `plain` takes
+    Adam at a constant rate (Kingma & Ba 2015, arXiv 1412.6980).
 
     With a `checkpoint`, training goes on from what it holds, step by step as if it had never stopped, and saves to it
     after every epoch. With `stopping`, it ends when that says so, and the model has its best weights then. Raises
@@ -201,6 +201,8 @@ def nested(
 ) -> Matryoshka:
     """The objective that `config` describes, with `terms` of one's own, over the prefixes of the network."""
     objective = build(config.objective, network, classes, bfloat16=config.bfloat16)
+    if terms and "heads" in terms and not config.objective.uses_labels:
+        raise FitError("a term called heads needs an objective with heads: no other sees labels")
     return Matryoshka(
         objective=dataclasses.replace(objective, terms={**objective.terms, **(terms or {})}),
         weights=config.prefix_weights,

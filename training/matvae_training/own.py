@@ -19,7 +19,7 @@ from matvae_training import provenance
 from matvae_training.bundling import write_bundle
 from matvae_training.config import FitConfig, FitError
 from matvae_training.data import Dataset
-from matvae_training.recipe import repeatable, seen
+from matvae_training.recipe import SAW_LABELS, repeatable, seen
 
 PREFIXES = (2, 4, 8, 16, 32, 64, 128)
 
@@ -89,16 +89,24 @@ def export(
     license: str,
     measure: bool = True,
     config: FitConfig | None = None,
-    ordered: bool = False,
+    ordered: bool | None = None,
+    saw_labels: bool | None = None,
 ) -> Card:
     """Write the trained model as a bundle into `out`; returns its card.
 
     Quantiser and heads are fitted on the training images, and measured on the test images, with `measure`; the card
     then says how good each prefix is at each precision. `config` is what it was trained by, and `ordered` whether
-    `ordering.order` followed: without a configuration the card cannot say whether the encoder learned from labels, and
-    nobody can tell with which models it may be compared. Raises ExportError, and OSError where `out` cannot be written.
+    `ordering.order` followed. `saw_labels` is whether the encoder ever learned from labels, its body before this
+    training, too: where neither that nor `config` says so, nobody can tell with which models it may be compared. Raises
+    ExportError, and OSError where `out` cannot be written.
     """
-    saw = "nothing is said of what its encoder learned from" if config is None else seen(config.objective)
+    if config is not None and config.objective.uses_labels:
+        saw_labels = True
+    known = "unknown" if saw_labels is None else str(saw_labels).lower()
+    told = "nothing is said of how" if config is None else f"in this training {seen(config.objective)}"
+    before = {"true": "its encoder learned from labels", "false": "its encoder never saw labels"}.get(
+        known, "nobody said whether its encoder saw labels before"
+    )
     return write_bundle(
         model,
         train=data.train,
@@ -107,7 +115,7 @@ def export(
         classes=data.classes,
         out=out,
         name=name,
-        description=f"{type(model.encoder.body).__name__}, made Matryoshka by {name}'s own training: {saw}.",
+        description=f"{type(model.encoder.body).__name__}, made Matryoshka by {name}'s own training: {told}; {before}.",
         license=license,
         provenance={
             "dataset": data.name,
@@ -118,7 +126,8 @@ def export(
             "versions": provenance.versions(),
             "commit": provenance.commit(),
             **({} if config is None else repeatable(config)),
-            "ordered": str(ordered).lower(),
+            **({} if ordered is None else {"ordered": str(ordered).lower()}),
+            SAW_LABELS: known,
         },
         measure=measure,
         invariance_batches=(2, 7, 64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -24,7 +25,7 @@ from matvae_training.fit import Progress, fit
 from matvae_training.folder import summary
 from matvae_training.ordering import order
 from matvae_training.pca import fit_pca
-from matvae_training.recipe import describe, repeatable
+from matvae_training.recipe import SAW_LABELS, describe, repeatable
 from matvae_training.run import Run
 from matvae_training.stopping import Stopping
 
@@ -88,7 +89,7 @@ def fit_bundle(
     ordered: bool = True,
     threads: int | None = None,
     command: str = "",
-    log: IO[str] | None = None,
+    log: Path | None = None,
     run: Path | None = None,
     resume: bool = False,
     tensorboard: bool = False,
@@ -97,7 +98,7 @@ def fit_bundle(
     """Train on `source`, evaluate, and write the bundle into `out`; returns its card.
 
     `ordered` codes are those of `ordering.py`. `neighbours_of` is a bundle by whose codes an objective of neighbours
-    finds them, where it wants codes. `log` takes one line of JSON per epoch. `run` is a directory for metrics
+    finds them, where it wants codes. `log` is a file for one line of JSON per epoch. `run` is a directory for metrics
     and a checkpoint, from which `resume` goes on. Raises DataError, FitError, ExportError, and OSError where `out`
     cannot be written.
     """
@@ -114,6 +115,7 @@ def fit_bundle(
     repeat = {
         **data.known,
         **repeatable(config),
+        SAW_LABELS: str(config.objective.uses_labels).lower(),
         "ordered": str(ordered).lower(),
         **({} if neighbours_of is None else {"neighbours_of": earlier.origin(neighbours_of)}),
         **_circumstances(command),
@@ -125,16 +127,17 @@ def fit_bundle(
 
     found = f", the {config.objective.neighbours} nearest of each first" if config.objective.neighbours else ""
     say(f"fit: {len(data.train)} images, {config.epochs} epochs{found}")
-    model = fit(
-        data.train.images,
-        network,
-        config,
-        _Reporter(log, kept.record if kept else None),
-        labels=data.train.labels if config.objective.uses_labels else None,
-        checkpoint=kept.checkpoint if kept else None,
-        stopping=data.stopping,
-        points_of=points_of,
-    )
+    with contextlib.nullcontext() if log is None else log.open("a" if resume else "w", encoding="utf-8") as file:
+        model = fit(
+            data.train.images,
+            network,
+            config,
+            _Reporter(file, kept.record if kept else None),
+            labels=data.train.labels if config.objective.uses_labels else None,
+            checkpoint=kept.checkpoint if kept else None,
+            stopping=data.stopping,
+            points_of=points_of,
+        )
     if ordered:
         say("order the code")
         order(model, data.train.images)
@@ -159,7 +162,7 @@ def pca_bundle(
         raise FitError(str(error)) from None
     kind = "Probabilistic PCA" if probabilistic else "PCA"
     description = f"{kind} of the pixels of {data.name}, in closed form: the encoder saw no labels, the heads did."
-    return _write(model, data, out, description, {**data.known, **_circumstances(command)})
+    return _write(model, data, out, description, {**data.known, SAW_LABELS: "false", **_circumstances(command)})
 
 
 def order_bundle(bundle: Bundle, *, source: Source, out: Path, threads: int | None = None, command: str = "") -> Card:

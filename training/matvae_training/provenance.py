@@ -29,7 +29,8 @@ def command(program: str, arguments: Sequence[str], paths: Mapping[str, str], bu
         elif equals and option in paths:
             words.append(f"{option}={paths[option]}")
         else:
-            words.append(name if bundle and word == bundle else word)
+            positional = not before.startswith("--") or "=" in before
+            words.append(name if bundle and word == bundle and positional else word)
         before = word
     return shlex.join([program, *words])
 

@@ -8,9 +8,12 @@ import json
 from matvae_server.card import NetworkConfig
 from matvae_training.config import OBJECTIVES, FitConfig, ObjectiveConfig
 
+SAW_LABELS = "encoder_saw_labels"
+"""The entry of the provenance that says whether the encoder ever learned from labels: true, false, or unknown."""
+
 
 def repeatable(config: FitConfig) -> dict[str, str]:
-    """Of the provenance that by which `summary` groups bundles, and does not compare what learned from more."""
+    """The part of a bundle's provenance that says how to train it again; `summary` groups bundles by it."""
     return {
         "seed": str(config.seed),
         "epochs": str(config.epochs),

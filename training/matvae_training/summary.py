@@ -18,6 +18,7 @@ from typing import Any
 from matvae_server import bundle
 from matvae_server.card import Card
 from matvae_training.config import OBJECTIVES, FitConfig, ObjectiveConfig, default_prefix_weights
+from matvae_training.recipe import SAW_LABELS
 
 FORMAT = 1
 TITLES = {"knn": "kNN", "logistic": "logistic head", "mlp": "MLP head", "recall@10": "recall@10"}
@@ -25,6 +26,7 @@ SHOWN = "float32"
 """The precision that the page shows; the JSON has all."""
 _DEFAULT = {"prefix_weights": "default", "ordered": "true"}
 """Of what a recipe has beside the configuration, or tells in other words."""
+TIERS = {"false": "Label-free", "true": "With labels", "unknown": "Nobody said whether with labels"}
 COMPARED = ("mlp", "knn")
 """Metrics by which a prefix is compared with a model of that size."""
 
@@ -62,6 +64,7 @@ class Run:
         for metric in card.metrics:
             values.setdefault(metric.name, {}).setdefault(metric.precision, {})[str(metric.dimensions)] = metric.value
         told = (
+            SAW_LABELS,
             "dataset",
             "data_sha256",
             "split",
@@ -106,10 +109,12 @@ class Group:
         return min(known, key=lambda name: sum(recipe[key] != value for key, value in known[name].items()))
 
     @property
-    def tier(self) -> tuple[bool, bool]:
-        """Whether the encoder saw labels, and augmented views: models of other tiers are not compared."""
+    def tier(self) -> str:
+        """What the encoder was told: those of other tiers are in tables of their own, and not compared."""
         recipe = self.runs[0].recipe
-        return recipe.get("heads", "none") != "none", recipe.get("augmentation", "none") != "none"
+        by_config = {"none": "false", None: "unknown"}.get(recipe.get("heads"), "true")
+        labels = TIERS[self.runs[0].provenance.get(SAW_LABELS, by_config)]
+        return labels + (", augmented views" if recipe.get("augmentation", "none") != "none" else "")
 
     @property
     def prefixes(self) -> list[int]:
@@ -172,9 +177,12 @@ def _lines(groups: Sequence[Group]) -> Iterator[str]:
     yield "with the command, commit and machine of every run."
     for name in dict.fromkeys(each.runs[0].name for each in groups):
         of_name = [each for each in groups if each.runs[0].name == name]
-        yield f"\n## {name}\n"
-        yield from _table(of_name)
-        yield from _against(of_name)
+        yield f"\n## {name}"
+        for tier in sorted({each.tier for each in of_name}):
+            of_tier = [each for each in of_name if each.tier == tier]
+            yield f"\n### {tier}\n"
+            yield from _table(of_tier)
+            yield from _against(of_tier)
 
 
 def _table(groups: Sequence[Group]) -> Iterator[str]:
@@ -192,12 +200,10 @@ def _table(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _against(groups: Sequence[Group]) -> Iterator[str]:
-    """Each nested model beside every single-size one that was told as much: of labels, of augmented views."""
+    """Each nested model beside every single-size one."""
     prefixes = sorted({m for each in groups if not each.nested for m in each.prefixes})
     pairs = [
-        (nested, single)
-        for nested, single in itertools.product(groups, groups)
-        if nested.nested and not single.nested and nested.tier == single.tier
+        (nested, single) for nested, single in itertools.product(groups, groups) if nested.nested and not single.nested
     ]
     if not pairs:
         return
@@ -216,7 +222,7 @@ def _against(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _label(each: Group, groups: Sequence[Group]) -> str:
-    """What it is: its objective, unless it is that of all, and what its recipe has that neither is usual nor common."""
+    """What it is: its objective, and what its recipe changes of the usual one; but not what all beside it share."""
     kind = "Matryoshka" if each.nested else "single-size"
     recipe, objective = each.runs[0].recipe, each.objective
     default = {**dataclasses.asdict(FitConfig()), **dataclasses.asdict(OBJECTIVES[objective or "mmd-vae"]), **_DEFAULT}
@@ -227,7 +233,7 @@ def _label(each: Group, groups: Sequence[Group]) -> str:
         if recipe[key] != default.get(key) and any(key in other and other[key] != recipe[key] for other in others)
     )
     words = [f"{key.replace('_', ' ')} {recipe[key]}" for key in differing]
-    named = [objective] if len({other.objective for other in groups}) > 1 else []
+    named = [objective] if objective and len({other.objective for other in groups}) > 1 else []
     return ", ".join([kind, *named, *words])
 
 

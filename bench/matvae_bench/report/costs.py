@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _COMMANDS = {"throughput": throughput, "overload": overload, "features": features}
 RATE, SATURATION, FEATURE = 0.15, 0.25, 0.25
-"""How far two runs may be apart whatever their own spread; saturation has no repeats: a share."""
+"""How far two runs may be apart whatever their own spread; saturation and overload have no repeats: a share."""
 
 
 def measure(settings: Settings) -> Results:
