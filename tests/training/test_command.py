@@ -388,6 +388,12 @@ def test_a_bundle_is_ordered_without_training_it_anew(data_root, tmp_path, capsy
     assert ordered.card.provenance["command"] == trained.card.provenance["command"]
     by = json.loads(ordered.card.provenance["ordered_by"])["command"]
     assert by == "matvae-train order BUNDLE --dataset fashion-mnist --data-root DATA_ROOT --out OUT --threads 1"
+    # Sampled codes are those of the posterior that was trained.
+    assert fit(data_root, tmp_path / "at once", *few) == 0
+    sampled = {
+        path.card.provenance["sampled_mlp_accuracy"] for path in (trained, ordered, bundle.load(tmp_path / "at once"))
+    }
+    assert len(sampled) == 1
     images = data.load("fashion-mnist", data_root)
     codes = session((tmp_path / "ordered" / bundle.ENCODER).read_bytes()).run(
         None, {"images": images.train.images.numpy()}

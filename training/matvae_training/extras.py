@@ -5,7 +5,8 @@ kmeans_accuracy        k-means with as many clusters as classes; each cluster is
                        one_to_one: no two clusters get the same label (`assignment`), the stricter score
 reconstruction_mse     mean squared error per pixel, in [0, 1], of what every prefix decodes to
 sampled_mlp_accuracy   the MLP heads on codes drawn from the posterior (the report's "sampling"), where those on
-                       its means (its "MAP") stand on the card: the gap says how wide posteriors are
+                       its means (its "MAP") stand on the card: the gap says how wide posteriors are. Of the code as it
+                       was trained: ordering it only approximates the posterior
 """
 
 from __future__ import annotations

@@ -130,6 +130,7 @@ def export(
             SAW_LABELS: known,
         },
         measure=measure,
+        sampled={} if ordered else None,  # of the code as it was trained, which is gone
         invariance_batches=(2, 7, 64),
     )
 

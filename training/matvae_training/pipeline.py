@@ -16,7 +16,7 @@ import torch
 from matvae_server.bundle import Bundle
 from matvae_server.card import Card, NetworkConfig
 from matvae_training import earlier, provenance
-from matvae_training.bundling import table, write_bundle
+from matvae_training.bundling import sampled_accuracy, table, write_bundle
 from matvae_training.config import FOLDER, FitConfig, FitError
 from matvae_training.console import say
 from matvae_training.data import Split, hold_out, load, without
@@ -138,11 +138,14 @@ def fit_bundle(
             stopping=data.stopping,
             points_of=points_of,
         )
-    if ordered:
-        say("order the code")
-        order(model, data.train.images)
     seconds = f"{time.perf_counter() - started:.0f} to fit"
-    return _write(model, data, out, describe(data.name, network, config.objective), {**repeat, "seconds": seconds})
+    sampled = None
+    if ordered:
+        say("sampled codes, then order the code")
+        sampled = sampled_accuracy(model, data.train, data.held, len(data.classes))
+        order(model, data.train.images)
+    description = describe(data.name, network, config.objective)
+    return _write(model, data, out, description, {**repeat, "seconds": seconds}, sampled=sampled)
 
 
 def pca_bundle(
@@ -182,9 +185,10 @@ def order_bundle(bundle: Bundle, *, source: Source, out: Path, threads: int | No
                 f"{bundle.path} is of other data: its {key} is {card.provenance.get(key)}, not {data.known[key]}"
             )
     model = earlier.network(bundle, data.shape)
+    sampled = sampled_accuracy(model, data.train, data.held, len(data.classes))
     order(model, data.train.images)
     known = {**card.provenance, **data.known, "ordered": "true", "ordered_by": json.dumps(_circumstances(command))}
-    return _write(model, data, out, card.description, known)
+    return _write(model, data, out, card.description, known, sampled=sampled)
 
 
 def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
@@ -223,7 +227,15 @@ def _circumstances(command: str) -> dict[str, str]:
     return provenance.circumstances(torch.get_num_threads(), command)
 
 
-def _write(model: Servable, data: _Prepared, out: Path, description: str, known: Mapping[str, str]) -> Card:
+def _write(
+    model: Servable,
+    data: _Prepared,
+    out: Path,
+    description: str,
+    known: Mapping[str, str],
+    *,
+    sampled: Mapping[int, float] | None = None,
+) -> Card:
     card = write_bundle(
         model,
         train=data.train,
@@ -234,6 +246,7 @@ def _write(model: Servable, data: _Prepared, out: Path, description: str, known:
         name=data.name,
         description=description,
         provenance={**known, **data.stopped},
+        sampled=sampled,
         say=say,
     )
     say(f"{out}: {card.fingerprint[:12]}\n{table(card)}")
