@@ -163,6 +163,21 @@ def test_an_image_is_compared_with_its_partner(images):
     torch.testing.assert_close(parts["consistency"], expected)
 
 
+def test_views_of_an_image_and_of_its_partner_are_compared(images):
+    """Where an objective of neighbours has an augmentation, too."""
+    seen = []
+    config = dataclasses.replace(OBJECTIVES["mmd-vae-neighbours"], augmentation="digits", consistency="alignment")
+    objective = build(config, SMALL, 0)
+    assert objective.augment is not None
+    upside_down = dataclasses.replace(objective, augment=lambda given: (seen.append(given), given.flip(1))[1])
+    model = MatVae(SMALL).eval()
+    parts = upside_down.parts(model, images, partners=images.flip(0))
+    assert len(seen) == 2
+    assert seen[0] is images
+    mean, _ = model.encoder.posterior(images.flip(1))
+    torch.testing.assert_close(parts["consistency"], alignment(pair(mean, mean.flip(0))))
+
+
 def test_images_held_out_stop_a_training_with_neighbours_among_themselves(monkeypatch, images):
     held = Split(images=images[:6], labels=torch.zeros(6, dtype=torch.int64))
     config = FitConfig(
@@ -215,7 +230,6 @@ def test_whose_codes_decide_who_is_near(images):
     ("fields", "message"),
     [
         ({"consistency": "alignment"}, "choose an augmentation"),
-        ({"consistency": "alignment", "augmentation": "digits", "neighbours": 3}, "choose an augmentation"),
         ({"neighbours": 3}, "need a term that compares"),
         ({"consistency": "contrast", "neighbours": 1001}, "neighbours must be 0 to 1,000"),
         ({"neighbours_by": "codes"}, "need an objective of neighbours"),

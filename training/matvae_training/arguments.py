@@ -255,7 +255,8 @@ def _add_objective(fit: argparse.ArgumentParser) -> None:
         "--neighbours",
         type=whole(0),
         metavar="K",
-        help="compare each image with one of its K nearest, not with another view of it; by pixels, or --neighbours-of",
+        help="compare each image with one of its K nearest, not with another view of it; by pixels, or "
+        "--neighbours-of. Beside --augmentation: views of the two",
     )
     fit.add_argument("--biased", action="store_true", default=None, help="take the biased estimate of the MMD")
     fit.add_argument(

@@ -58,10 +58,10 @@ class ObjectiveConfig:
 
     reconstruction + divergence_weight * divergence + kl_weight * KL + mutual + heads_weight * heads
     + consistency_weight * consistency of two views by `augmentation`, or of an image and one of its `neighbours`
-    nearest, by `pixels` or by the `codes` of another model; the first four are per pixel. `consistency_scale` is that
-    of a contrast. `variance` is that of squared-error, `kernel` and `biased` are the MMD's, `capacity` (nats) is the
-    capacity divergence's, `diversity` and `smoothness` are the mutual divergence's. `sampled` says whether codes are
-    drawn from the posterior while training, or are its means.
+    nearest, by `pixels` or by the `codes` of another model, or of views of these two; the first four are per pixel.
+    `consistency_scale` is that of a contrast. `variance` is that of squared-error, `kernel` and `biased` are the MMD's,
+    `capacity` (nats) is the capacity divergence's, `diversity` and `smoothness` are the mutual divergence's. `sampled`
+    says whether codes are drawn from the posterior while training, or are its means.
     """
 
     reconstruction: str = "gaussian"
@@ -111,10 +111,10 @@ class ObjectiveConfig:
             raise FitError("neighbours need a term that compares images with them: take objective mmd-vae-neighbours")
         if self.neighbours_by == "codes" and not self.neighbours:
             raise FitError("neighbours by codes need an objective of neighbours: take objective mmd-vae-neighbours")
-        if self.consistency != "none" and (self.augmentation == "none") == (self.neighbours == 0):
+        if self.consistency != "none" and self.augmentation == "none" and not self.neighbours:
             raise FitError(
                 f"{self.consistency} compares two views of an image, or an image and a neighbour: choose an "
-                "augmentation that makes views, or a number of neighbours, and not both"
+                "augmentation that makes views, or a number of neighbours"
             )
 
     @property

@@ -125,7 +125,7 @@ class Objective:
 
     `sampled`: terms see codes drawn from the posterior, else its means. `decodes`: some term reads reconstructions.
     `augment` makes a view of uint8 images, which is then trained on in their place; `paired`: some term compares two
-    views or, with `neighbours`, an image and a partner.
+    views or, with `neighbours`, an image and a partner, or views of these.
     """
 
     terms: Mapping[str, tuple[float, Term]]
@@ -155,13 +155,12 @@ class Objective:
         `chosen` are the indices of the prefixes to compute, in ascending order; without it, all. `partners`, of the
         shape of the images, are what an objective of neighbours compares them with.
         """
+        views = [images] * (2 if self.paired else 1)
         if self.neighbours:
             assert partners is not None, "an objective of neighbours needs partners"
             views = [images, partners]
-        elif self.augment is not None:
-            views = [self.augment(images) for _ in range(2 if self.paired else 1)]
-        else:
-            views = [images]
+        if self.augment is not None:
+            views = [self.augment(view) for view in views]
         images, seen, other = views[0], torch.cat(views) if self.paired else views[0], None
         # In bfloat16 only the matrix products are: parameters, posterior and losses stay float32.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
