@@ -11,6 +11,8 @@ from matvae_server import bundle
 from matvae_training import cli, summary
 from matvae_training.config import OBJECTIVES
 
+NESTED, SINGLE = (f"{kind}, mmd-vae-neighbours" for kind in ("Matryoshka", "single-size"))
+
 
 @pytest.fixture(scope="module")
 def packaged():
@@ -51,19 +53,19 @@ def test_seeds_of_one_recipe_have_a_mean_and_a_standard_deviation(packaged):
     other = variant(packaged, epochs=30, add=0.05, fingerprint="a")
     page = summary.render([*runs, other])
     for name, title in (("mlp", "MLP head"), ("recall@10", "recall@10")):
-        cells = row(page, "Matryoshka", "0, 1, 3", "10,000 test", title)
+        cells = row(page, NESTED, "0, 1, 3", "10,000 test", title)
         for m, cell in zip(packaged.network.prefixes, cells, strict=True):
             values = [value(run, name, m) for run in runs]
             assert cell == f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
-    cells = row(page, "Matryoshka, epochs 30", "0", "10,000 test", "kNN")
+    cells = row(page, f"{NESTED}, epochs 30", "0", "10,000 test", "kNN")
     assert cells == [f"{value(other, 'knn', m):.2f}" for m in packaged.network.prefixes]
 
 
 def test_other_weights_of_the_prefixes_are_another_recipe(packaged):
     weights = [1.0] * len(packaged.network.prefixes)
     page = summary.render([variant(packaged, fingerprint="0"), variant(packaged, weights=weights, fingerprint="1")])
-    assert row(page, "Matryoshka", "0", "10,000 test", "MLP head")
-    assert row(page, f"Matryoshka, prefix weights {weights}", "0", "10,000 test", "MLP head")
+    assert row(page, NESTED, "0", "10,000 test", "MLP head")
+    assert row(page, f"{NESTED}, prefix weights {weights}", "0", "10,000 test", "MLP head")
 
 
 def test_a_prefix_is_compared_with_a_model_of_that_size(packaged):
@@ -72,8 +74,8 @@ def test_a_prefix_is_compared_with_a_model_of_that_size(packaged):
     page = summary.render([*nested, *single])
     assert "| model | above | metric | 8 | 32 |" in page
     for title in ("MLP head", "kNN"):
-        assert row(page, "Matryoshka", "single-size", title) == ["\N{MINUS SIGN}0.50"] * 2
-    found = row(page, "single-size", "0", "10,000 test", "MLP head")
+        assert row(page, NESTED, SINGLE, title) == ["\N{MINUS SIGN}0.50"] * 2
+    found = row(page, SINGLE, "0", "10,000 test", "MLP head")
     assert found == ["", "", f"{value(single[0], 'mlp', 8):.2f}", "", f"{value(single[1], 'mlp', 32):.2f}", "", ""]
 
 

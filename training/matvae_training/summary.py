@@ -233,8 +233,7 @@ def _label(each: Group, groups: Sequence[Group]) -> str:
         if recipe[key] != default.get(key) and any(key in other and other[key] != recipe[key] for other in others)
     )
     words = [f"{key.replace('_', ' ')} {recipe[key]}" for key in differing]
-    named = [objective] if objective and len({other.objective for other in groups}) > 1 else []
-    return ", ".join([kind, *named, *words])
+    return ", ".join([kind, *([objective] if objective else []), *words])
 
 
 def _complete(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""The tables of training's pages hold the committed numbers: MLP heads on float32 codes, in %, from summary.json."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matvae_training import summary
+
+PREFIXES = (2, 4, 8, 16, 32, 64, 128)
+PLAIN = {"consistency": "none", "heads": "none", "prefix_weights": "default"}
+UNORDERED = PLAIN | {"ordered": "false"}
+ORDERED = PLAIN | {"ordered": "true"}
+CLOSE = {"neighbours": 15, "augmentation": "none"}
+VIEWS = {"neighbours": 15, "prefix_weights": "default"}
+
+NESTED: dict[tuple[str, str, str], Mapping[str, Any]] = {
+    ("EXPERIMENTS.md", "fashion-mnist", "plain"): ORDERED,
+    ("EXPERIMENTS.md", "fashion-mnist", "weight 0.1: the packaged bundle"): CLOSE
+    | {"consistency_weight": 0.1, "prefix_weights": "default"},
+    ("EXPERIMENTS.md", "fashion-mnist", "weight 0.2"): CLOSE | {"consistency_weight": 0.2},
+    ("EXPERIMENTS.md", "fashion-mnist", "weight 0.1, `--prefix-weights 1,1,3,3,2,1,2`"): CLOSE
+    | {"prefix_weights": [1.0, 1.0, 3.0, 3.0, 2.0, 1.0, 2.0]},
+    ("EXPERIMENTS.md", "mnist", "plain"): ORDERED,
+    ("EXPERIMENTS.md", "mnist", "scale 10: `bundles/mnist`"): CLOSE,
+    ("README.md", "mnist", "this bundle"): CLOSE,
+    ("README.md", "mnist", "plain, more weight on short prefixes (`--prefix-weights 10,12,6,3,1,1,1`)"): {
+        "consistency": "none",
+        "prefix_weights": [10.0, 12.0, 6.0, 3.0, 1.0, 1.0, 1.0],
+    },
+    ("README.md", "mnist", "plain"): ORDERED,
+    ("README.md", "mnist", "neighbours and views (`--augmentation digits`)"): VIEWS | {"augmentation": "digits"},
+    ("README.md", "mnist", "two views"): {"neighbours": 0, "augmentation": "digits", "consistency_scale": 10.0},
+    ("README.md", "fashion-mnist", "the packaged bundle"): CLOSE
+    | {"consistency_weight": 0.1, "prefix_weights": "default"},
+    ("README.md", "fashion-mnist", "its first pass: plain"): ORDERED,
+    ("README.md", "fashion-mnist", "neighbours and views (`--augmentation garments`)"): VIEWS
+    | {"augmentation": "garments"},
+    ("README.md", "cifar10", "this bundle"): {"augmentation": "photos", "epochs": 40, "ordered": "true"},
+    ("README.md", "cifar10", "more weight on long prefixes"): {"augmentation": "photos", "epochs": 32},
+    ("README.md", "cifar10", "plain, without views"): ORDERED,
+    ("README.md", "multitask", "MNIST"): {"heads": "untied"},
+    ("README.md", "multitask", "Fashion-MNIST"): {"heads": "untied"},
+}
+SINGLE: dict[tuple[str, str, str], tuple[Mapping[str, Any], ...]] = {
+    ("EXPERIMENTS.md", name, label): recipes
+    for name in ("fashion-mnist", "mnist")
+    for label, recipes in (
+        ("plain single-size models", (UNORDERED, ORDERED)),
+        ("single-size models with neighbours", (CLOSE,)),
+    )
+}
+GIVEN = ("floor", "aim")
+"""Rows of what was asked for, which nobody measured."""
+
+
+@pytest.fixture(scope="module")
+def groups(repository: Path) -> list[summary.Group]:
+    return summary.group(summary.read([str(repository / "training" / "results" / "summary.json")]))
+
+
+def tables(page: Path) -> dict[str, list[list[str]]]:
+    """The tables of prefixes by what stands in their first heading, row by row."""
+    found: dict[str, list[list[str]]] = {}
+    rows: list[list[str]] = []
+    for line in page.read_text().splitlines():
+        if heading := re.fullmatch(r"\| ([a-z0-9-]*) \| 2 \| 4 \| 8 \| 16 \| 32 \| 64 \| 128 \|", line):
+            rows = found.setdefault(heading[1], [])
+        elif not line.startswith("|"):
+            rows = []
+        elif not line.startswith("|--"):
+            rows.append([cell.strip() for cell in line.split("|")[1:-1]])
+    return found
+
+
+def values(groups: list[summary.Group], name: str, nested: bool, recipe: Mapping[str, Any]) -> dict[int, str]:
+    """What the seed 0 of one group has, by prefix."""
+    matching = [
+        group
+        for group in groups
+        if group.runs[0].name == name
+        and group.nested == nested
+        and all(group.runs[0].recipe.get(key) == value for key, value in recipe.items())
+    ]
+    assert len(matching) == 1, (name, recipe, len(matching))
+    first = [run for run in matching[0].runs if run.seed == 0]
+    return {m: f"{100 * run.values['mlp']['float32'][str(m)]:.1f}" for run in first for m in run.prefixes}
+
+
+@pytest.mark.parametrize("page", ["EXPERIMENTS.md", "README.md"])
+def test_every_row_is_what_the_summary_says(repository: Path, groups: list[summary.Group], page: str) -> None:
+    names = {"MNIST": "mnist", "Fashion-MNIST": "fashion-mnist"}
+    held = set()
+    for name, rows in tables(repository / "training" / page).items():
+        for label, *cells in rows if name not in ("", "seeds") else []:
+            if label.startswith(GIVEN):
+                continue
+            key = (page, name, label)
+            held.add(key)
+            expected: dict[int, str] = {}
+            for recipe in SINGLE[key] if key in SINGLE else (NESTED[key],):
+                expected |= values(groups, names.get(label, name), key in NESTED, recipe)
+            assert cells == [expected.get(m, "") for m in PREFIXES], key
+    assert held == {key for key in (*NESTED, *SINGLE) if key[0] == page}
+
+
+def test_seeds_of_a_recipe(repository: Path, groups: list[summary.Group]) -> None:
+    """Mean ± standard deviation, where there are several."""
+    several = {group.runs[0].name: group for group in groups if len({run.seed for run in group.runs}) > 1}
+    rows = {row[0]: row[1:] for row in tables(repository / "training" / "README.md")["seeds"]}
+    assert set(rows) == set(several)
+    for name, group in several.items():
+        found = [group.values("mlp", m) for m in PREFIXES]
+        assert rows[name] == [f"{statistics.fmean(each):.1f} ± {statistics.stdev(each):.1f}" for each in found]
