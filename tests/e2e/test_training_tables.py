@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from matvae_server import bundle
 from matvae_training import summary
 
 PREFIXES = (2, 4, 8, 16, 32, 64, 128)
@@ -107,6 +109,17 @@ def test_every_row_is_what_the_summary_says(repository: Path, groups: list[summa
                 expected |= values(groups, names.get(label, name), key in NESTED, recipe)
             assert cells == [expected.get(m, "") for m in PREFIXES], key
     assert held == {key for key in (*NESTED, *SINGLE) if key[0] == page}
+
+
+def test_five_folds_of_the_packaged_bundle(repository: Path) -> None:
+    measured = json.loads((repository / "training" / "results" / "folds-fashion-mnist.json").read_text())
+    assert measured["folds"] == 5
+    assert measured["fingerprint"] == bundle.load(bundle.find(bundle.DEFAULT)).card.fingerprint
+    lines = (repository / "training" / "README.md").read_text().splitlines()
+    for metric, title in (("knn", "kNN"), ("logistic", "logistic head"), ("mlp", "MLP head")):
+        scores = (measured["scores"][metric][str(m)] for m in PREFIXES)
+        cells = (f"{100 * score['mean']:.1f} ± {100 * score['std']:.1f}" for score in scores)
+        assert f"| {title} | {' | '.join(cells)} |" in lines
 
 
 def test_seeds_of_a_recipe(repository: Path, groups: list[summary.Group]) -> None:
