@@ -59,7 +59,7 @@ def _try_decoder(model: Model) -> str | None:
     try:
         model.decoder.decode(zeros)
     except NotFoundError:  # it only encodes
-        return None
+        pass
     except UnimplementedError as error:
         return f"note: {error}"
     except (InternalError, InvalidArgumentError) as error:  # the second: nothing finite comes of it

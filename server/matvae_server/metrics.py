@@ -112,7 +112,6 @@ class Metrics:
         count.inc()
         seconds.observe(call.total_seconds)
         if call.model and not call.parts:  # those of a stream were observed as they were answered
-            self._observe_sent(call, code)
             self._observe_codes(call, code)
 
     def observe_part(self, part: Call, code: grpc.StatusCode) -> None:
@@ -123,26 +122,21 @@ class Metrics:
             count = self._answered[code] = self._messages.labels(code.name)
         count.inc()
         if part.model:
-            self._observe_sent(part, code)
             self._observe_codes(part, code)
 
-    def _observe_sent(self, part: Call, code: grpc.StatusCode) -> None:
-        """What a call, or a message of a stream, sent to be encoded or decoded."""
-        if images := part.images or part.codes:
-            key = part.method, code
-            try:
-                sent = self._sent_by[key]
-            except KeyError:
-                sent = self._sent_by[key] = self._sent.labels(_method(part), code.name)
-            sent.inc(images)
-
     def _observe_codes(self, part: Call, code: grpc.StatusCode) -> None:
-        """A request for codes is over, be it a call or a message of a stream."""
+        """A request for codes, or to decode some, is over, be it a call or a message of a stream."""
+        if sent := part.images or part.codes:
+            try:
+                count = self._sent_by[part.method, code]
+            except KeyError:
+                count = self._sent_by[part.method, code] = self._sent.labels(_method(part), code.name)
+            count.inc(sent)
         key = part.model, part.dimensions, part.precision
         try:
-            encoded, left_out, unanswered, sent = self._sliced[key]
+            encoded, left_out, unanswered, codes = self._sliced[key]
         except KeyError:
-            encoded, left_out, unanswered, sent = self._sliced[key] = self._of_slice(*key)
+            encoded, left_out, unanswered, codes = self._sliced[key] = self._of_slice(*key)
         if part.images:
             if code is grpc.StatusCode.OK:
                 encoded.inc(part.images - part.failed_images)
@@ -150,7 +144,7 @@ class Metrics:
             else:
                 unanswered.inc(part.images)
         if part.bytes_out:
-            sent.inc(part.bytes_out)
+            codes.inc(part.bytes_out)
         if part.encode_seconds:
             try:
                 waited = self._waited[part.model]
