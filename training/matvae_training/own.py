@@ -100,13 +100,14 @@ def export(
     training, too: where neither that nor `config` says so, nobody can tell with which models it may be compared. Raises
     ExportError, and OSError where `out` cannot be written.
     """
+    told = "nothing is said of how" if config is None else f"in this training {seen(config.objective)}"
     if config is not None and config.objective.uses_labels:
         saw_labels = True
+    elif saw_labels is None:
+        told += "; nobody said whether its encoder saw labels before"
+    else:
+        told += f"; its encoder {'learned from labels' if saw_labels else 'never saw labels'}"
     known = "unknown" if saw_labels is None else str(saw_labels).lower()
-    told = "nothing is said of how" if config is None else f"in this training {seen(config.objective)}"
-    before = {"true": "its encoder learned from labels", "false": "its encoder never saw labels"}.get(
-        known, "nobody said whether its encoder saw labels before"
-    )
     return write_bundle(
         model,
         train=data.train,
@@ -115,7 +116,7 @@ def export(
         classes=data.classes,
         out=out,
         name=name,
-        description=f"{type(model.encoder.body).__name__}, made Matryoshka by {name}'s own training: {told}; {before}.",
+        description=f"{type(model.encoder.body).__name__}, made Matryoshka by {name}'s own training: {told}.",
         license=license,
         provenance={
             "dataset": data.name,
