@@ -16,7 +16,7 @@ from matvae_training.fit import fit
 from matvae_training.neighbours import leading_components, nearest_images, partners_of
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Batch
-from matvae_training.objectives.consistency import Contrast, alignment
+from matvae_training.objectives.consistency import Contrast, CosineContrast, alignment
 from matvae_training.recipe import describe
 from matvae_training.stopping import Stopping
 
@@ -104,7 +104,18 @@ def test_contrast_is_cross_entropy_of_cauchy_similarities(scale):
     assert Contrast()(pair(far, far)).max() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["mmd-vae-aligned", "mmd-vae-contrast"])
+def test_contrast_of_cosines_is_cross_entropy_of_angles_at_a_temperature():
+    mean, other = torch.randn(6, 8), torch.randn(6, 8)
+    for index, m in enumerate(PREFIXES):
+        similarity = (torch.cosine_similarity(mean[:, None, :m], other[None, :, :m], dim=2) / 0.2).exp()
+        shares = [similarity.diag() / similarity.sum(side) for side in (0, 1)]
+        expected = -sum(share.log().mean() for share in shares) / 2
+        torch.testing.assert_close(CosineContrast(scale=5.0)(pair(mean, other))[index], expected)
+    stretched = pair(3 * mean, 0.1 * other)
+    torch.testing.assert_close(CosineContrast()(stretched), CosineContrast()(pair(mean, other)))
+
+
+@pytest.mark.parametrize("name", ["mmd-vae-aligned", "mmd-vae-contrast", "mmd-vae-cosine"])
 def test_two_views_of_the_same_images_are_compared(images, name):
     seen = []
     still = dataclasses.replace(

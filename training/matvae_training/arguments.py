@@ -45,7 +45,7 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "heads_weight": ("of their cross-entropy", ()),
     "consistency": ("of two views of every image, or of an image and a neighbour", CONSISTENCIES),
     "consistency_weight": ("of that", ()),
-    "consistency_scale": ("of a contrast: codes nearer than 1 / scale count as the same", ()),
+    "consistency_scale": ("of a contrast: nearer than 1 / scale counts as the same; of cosines: 1 / temperature", ()),
     "augmentation": ("makes views; where an objective wants one, that which suits the data set", AUGMENTATIONS),
 }
 """Fields of ObjectiveConfig that have an option: what it is, and its choices, where it is not a number."""

@@ -40,7 +40,7 @@ DIVERGENCES = ("mmd", "kl", "capacity", "none")
 KERNELS = ("imq", "rbf", "rbf-tutorial-text", "rbf-tutorial-code", "rbf-dimensions")
 MUTUALS = ("official", "reproduced", "none")
 HEADS = ("untied", "tied", "none")
-CONSISTENCIES = ("alignment", "contrast", "none")
+CONSISTENCIES = ("alignment", "contrast", "cosine", "none")
 AUGMENTATIONS = ("digits", "garments", "photos", "none")
 NEIGHBOURS_BY = ("pixels", "codes")
 _MOST_NEIGHBOURS = 1000  # they are kept for every image
@@ -103,7 +103,7 @@ class ObjectiveConfig:
             _check_number(name, getattr(self, name))
         for name in ("variance", "diversity", "consistency_scale"):
             _check_number(name, getattr(self, name), positive=True)
-        if self.reconstruction == self.heads == "none" and self.consistency != "contrast":
+        if self.reconstruction == self.heads == "none" and self.consistency not in ("contrast", "cosine"):
             raise FitError("an objective needs a reconstruction, heads or a contrast: codes must tell images apart")
         if not 0 <= self.neighbours <= _MOST_NEIGHBOURS:
             raise FitError(f"neighbours must be 0 to {_MOST_NEIGHBOURS:,}, not {self.neighbours}")
@@ -138,6 +138,7 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
     "multitask": ObjectiveConfig(heads="untied"),
     "mmd-vae-aligned": ObjectiveConfig(consistency="alignment", augmentation="photos"),
     "mmd-vae-contrast": ObjectiveConfig(consistency="contrast", augmentation="photos"),
+    "mmd-vae-cosine": ObjectiveConfig(consistency="cosine", consistency_scale=5.0, augmentation="photos"),
     "mmd-vae-neighbours": ObjectiveConfig(
         consistency="contrast", consistency_weight=0.2, consistency_scale=3.0, neighbours=15
     ),

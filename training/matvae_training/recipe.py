@@ -37,7 +37,8 @@ def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -
     name = next((name for name, value in OBJECTIVES.items() if value == plain), parts)
     title = {"mmd-vae": "MMD-VAE"}.get(name, f"code ({name})")
     if objective.consistency != "none":
-        title += f" with {objective.consistency} of {'neighbours' if objective.neighbours else 'two views'}"
+        term = {"cosine": "contrast of cosines"}.get(objective.consistency, objective.consistency)
+        title += f" with {term} of {'neighbours' if objective.neighbours else 'two views'}"
     nested = "Matryoshka" if len(network.prefixes) > 1 else "Single-size"
     return f"{nested} {title} of {dataset}: {seen(objective)}."
 

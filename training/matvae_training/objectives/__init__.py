@@ -17,7 +17,7 @@ from matvae_training.augment import AUGMENTATIONS
 from matvae_training.config import ObjectiveConfig
 from matvae_training.objectives.bernoulli import bernoulli
 from matvae_training.objectives.composition import Objective, Term
-from matvae_training.objectives.consistency import Contrast, alignment
+from matvae_training.objectives.consistency import Contrast, CosineContrast, alignment
 from matvae_training.objectives.gaussian import gaussian
 from matvae_training.objectives.heads import Heads
 from matvae_training.objectives.kernels import KERNELS
@@ -40,6 +40,11 @@ def build(config: ObjectiveConfig, network: NetworkConfig, classes: int, *, bflo
         "kl": kl,
         "capacity": Capacity(nats=config.capacity),
     }
+    consistencies: dict[str, Term] = {
+        "alignment": alignment,
+        "contrast": Contrast(scale=config.consistency_scale),
+        "cosine": CosineContrast(scale=config.consistency_scale),
+    }
     if config.reconstruction != "none":
         terms["reconstruction"] = (1.0, reconstructions[config.reconstruction])
     if config.divergence != "none":
@@ -54,10 +59,7 @@ def build(config: ObjectiveConfig, network: NetworkConfig, classes: int, *, bflo
     if config.heads != "none":
         terms["heads"] = (config.heads_weight, Heads(network.prefixes, classes, tied=config.heads == "tied"))
     if config.consistency != "none":
-        terms["consistency"] = (
-            config.consistency_weight,
-            alignment if config.consistency == "alignment" else Contrast(scale=config.consistency_scale),
-        )
+        terms["consistency"] = (config.consistency_weight, consistencies[config.consistency])
     return Objective(
         terms=terms,
         sampled=config.sampled,

@@ -7,8 +7,11 @@
                 2018, arXiv 1807.03748) with the Cauchy similarity 1 / (1 + s² |z(a) - z(b)|²), which works from two
                 dimensions up (Boehm, Berens & Kobak 2022, t-SimCNE, arXiv 2210.09879). t-SNE and its kin let a map grow
                 as wide as it likes; beside a prior of unit width the scale s makes the room that tells clusters apart.
+    cosine      the same with the similarity exp(s cos(z(a), z(b))), that is at temperature 1 / s (Chen et al. 2020,
+                SimCLR, arXiv 2002.05709). In many dimensions all samples of the prior are as far from each other, where
+                the Cauchy similarity is flat and hardly pulls; angles it pulls at in any number of dimensions.
 
-Both compare posterior means. Views bring knowledge of what leaves a label alone, so models that learned from them are a
+All compare posterior means. Views bring knowledge of what leaves a label alone, so models that learned from them are a
 tier of their own. Neighbours (`neighbours.py`) are in the images themselves.
 """
 
@@ -18,7 +21,7 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 
 from matvae_training.distances import prefix_distances
 from matvae_training.objectives.composition import Batch
@@ -40,9 +43,26 @@ class Contrast:
 
     def __call__(self, batch: Batch) -> Tensor:  # noqa: D102
         assert batch.other is not None, "consistency needs two views"
-        own = torch.arange(len(batch.mean), device=batch.mean.device)
+        distances = prefix_distances(batch.mean, batch.other, batch.prefixes)
+        return torch.stack([_info_nce(-(self.scale**2 * squares).log1p()) for squares in distances])
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineContrast:
+    """As `Contrast`, of angles."""
+
+    scale: float = 5.0
+
+    def __call__(self, batch: Batch) -> Tensor:  # noqa: D102
+        assert batch.other is not None, "consistency needs two views"
         terms = []
-        for distances in prefix_distances(batch.mean, batch.other, batch.prefixes):
-            similarities = -(self.scale**2 * distances).log1p()
-            terms.append(0.5 * (cross_entropy(similarities, own) + cross_entropy(similarities.T, own)))
+        for m in batch.prefixes:
+            one, other = normalize(batch.mean[:, :m]), normalize(batch.other[:, :m])
+            terms.append(_info_nce(self.scale * one @ other.T))
         return torch.stack(terms)
+
+
+def _info_nce(similarities: Tensor) -> Tensor:
+    """Logarithms of similarities (n, n), whose diagonal is of those that belong together -> (), both ways."""
+    own = torch.arange(len(similarities), device=similarities.device)
+    return 0.5 * (cross_entropy(similarities, own) + cross_entropy(similarities.T, own))
