@@ -36,6 +36,9 @@ class CardError(ValueError):
 class NetworkConfig:
     """Everything that shapes the network. `prefixes` ascend and end with `dimensions`.
 
+    `conv_channels` are those of the convolutions of stride 2; behind each come so many `residual_blocks`, which keep
+    its size.
+
     Of kind "conv", the network of `network.py`, whose widths are the fields that say so. Of kind "onnx", an encoder of
     a user's own: served through its ONNX form, which knows its own widths, so those are empty here (see `of_onnx`).
     """
@@ -49,6 +52,7 @@ class NetworkConfig:
     decoder_hidden: int = 256
     dimensions: int = 128
     prefixes: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+    residual_blocks: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "conv_channels", tuple(self.conv_channels))
@@ -56,11 +60,13 @@ class NetworkConfig:
         if self.kind not in KINDS:
             raise CardError(f"network: unknown kind {self.kind!r}; this version knows {', '.join(KINDS)}")
         widths = (self.hidden, self.decoder_hidden, *self.conv_channels)
-        if self.kind == "onnx" and widths != (0, 0):
+        if self.kind == "onnx" and (*widths, self.residual_blocks) != (0, 0, 0):
             raise CardError(f"network: of kind 'onnx' only the shapes stand on the card, no widths: {self}")
         sizes = (self.height, self.width, self.dimensions, *(widths if self.kind == "conv" else ()))
         if any(not isinstance(size, int) or size < 1 for size in (*sizes, *self.prefixes)):
             raise CardError(f"network: every size must be a whole number of at least 1: {self}")
+        if not isinstance(self.residual_blocks, int) or self.residual_blocks < 0:
+            raise CardError(f"network: residual_blocks must be a whole number, not {self.residual_blocks!r}")
         if self.channels not in (1, 3):
             raise CardError(f"network: channels must be 1 (grey) or 3 (RGB), not {self.channels}")
         if (self.kind == "conv" and not self.conv_channels) or not self.prefixes:
@@ -85,6 +91,10 @@ class NetworkConfig:
             dimensions=prefixes[-1] if prefixes else 0,
             prefixes=prefixes,
         )
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON has it. What came later is left out where it is not used: a fingerprint stays what it was."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "residual_blocks" or value}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -151,7 +161,7 @@ class Card:
             "fingerprint": self.fingerprint,
             "description": self.description,
             "license": self.license,
-            "network": dataclasses.asdict(self.network),
+            "network": self.network.fields(),
             "resize_rule": self.resize_rule,
             "classes": list(self.classes),
             "heads": [{"kind": kind, "dimensions": dimensions} for kind, dimensions in self.heads],
@@ -257,7 +267,7 @@ def fingerprint(
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(array.tobytes())
     rest = {
-        "network": dataclasses.asdict(network),
+        "network": network.fields(),
         "resize_rule": resize_rule,
         "quantiser": _quantiser_lists(quantiser),
     }

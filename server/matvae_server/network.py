@@ -14,6 +14,27 @@ from torch import Tensor, nn
 from matvae_server.card import NetworkConfig
 
 
+def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, nn.BatchNorm2d, nn.Module]:
+    convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    return convolution, nn.BatchNorm2d(outputs), nn.GELU()
+
+
+class Residual(nn.Sequential):
+    """Layers whose output is added to their input (He et al. 2015, arXiv 1512.03385)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, channels, height, width) -> the same shape."""
+        outputs: Tensor = super().forward(images)
+        return images + outputs
+
+
+def _residual(channels: int) -> nn.Module:
+    """A convolution that adds nothing before it is trained."""
+    layers = _convolution(channels, channels, stride=1)
+    nn.init.zeros_(layers[1].weight)
+    return Residual(*layers)
+
+
 class Encoder(nn.Module):
     """q(z|x), a diagonal Gaussian. What is served is its mean."""
 
@@ -23,11 +44,8 @@ class Encoder(nn.Module):
         height, width = config.height, config.width
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(sizes):
-            layers += [
-                nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(outputs),
-                nn.GELU(),
-            ]
+            layers += _convolution(inputs, outputs, stride=2)
+            layers += [_residual(outputs) for _ in range(config.residual_blocks)]
             height, width = (height + 1) // 2, (width + 1) // 2
         self.trunk = nn.Sequential(
             *layers, nn.Flatten(), nn.Linear(sizes[-1] * height * width, config.hidden), nn.GELU()

@@ -114,6 +114,8 @@ def _folded(trunk: nn.Sequential) -> nn.Sequential:
             convolution = layers[-1]
             assert isinstance(convolution, nn.Conv2d)
             layers[-1] = fuse_conv_bn_eval(convolution, layer)
+        elif isinstance(layer, nn.Sequential):
+            layers.append(_folded(layer))
         else:
             layers.append(layer)
-    return nn.Sequential(*layers)
+    return type(trunk)(*layers)

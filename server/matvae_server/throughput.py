@@ -45,9 +45,12 @@ class Work:
         multiplications, weights = 0, 0
         height, width = network.height, network.width
         for inputs, outputs in itertools.pairwise((network.channels, *network.conv_channels)):
-            multiplications += inputs * outputs * _taps(height) * _taps(width)
+            multiplications += inputs * outputs * _taps(height, 2) * _taps(width, 2)
             weights += (9 * inputs + 1) * outputs
             height, width = (height + 1) // 2, (width + 1) // 2
+            blocks = network.residual_blocks
+            multiplications += blocks * outputs**2 * _taps(height, 1) * _taps(width, 1)
+            weights += blocks * (9 * outputs + 1) * outputs
         flat = network.conv_channels[-1] * height * width
         for inputs, outputs in ((flat, network.hidden), (network.hidden, network.dimensions)):
             multiplications += inputs * outputs
@@ -74,9 +77,9 @@ class Work:
         )
 
 
-def _taps(length: int) -> int:
-    """How often a kernel of 3 with stride 2 and padding 1 meets a pixel, along a side of that length."""
-    return sum(0 <= 2 * output + tap - 1 < length for output in range((length + 1) // 2) for tap in range(3))
+def _taps(length: int, stride: int) -> int:
+    """How often a kernel of 3 with padding 1 meets a pixel, along a side of that length."""
+    return sum(0 <= start + tap - 1 < length for start in range(0, length, stride) for tap in range(3))
 
 
 def measure(

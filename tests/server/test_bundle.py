@@ -101,6 +101,7 @@ def test_the_fingerprint_is_of_the_space_and_not_of_the_name(bundle: bundles.Bun
     for change in (
         {"quantiser": shifted},
         {"network": dataclasses.replace(card.network, decoder_hidden=257)},
+        {"network": dataclasses.replace(card.network, residual_blocks=1)},
         {"resize_rule": "another"},
         {"encoder": renamed},
         {"encoder": widened},
@@ -123,6 +124,7 @@ def test_an_unknown_bundle_lists_the_packaged_ones() -> None:
         {"hidden": 0},
         {"kind": "vit"},
         {"conv_channels": ()},
+        {"residual_blocks": -1},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -20,7 +20,7 @@ from matvae_server import compare, runtimes
 from matvae_server.card import NetworkConfig
 from matvae_server.network import Encoder
 from matvae_server.runtime_cuda import CudaEncoder
-from matvae_server.runtime_torch import TorchEncoder
+from matvae_server.runtime_torch import TorchEncoder, _folded
 from matvae_server.slots import Ring, Slot
 from matvae_server.throughput import Work
 
@@ -147,28 +147,46 @@ def test_a_ring_starts_two_before_it_waits_for_one() -> None:
     assert [carrier.waits for carrier in carriers] == [1, 0]
 
 
+@pytest.mark.parametrize("blocks", [0, 2])
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (9, 7), (8, 5), (1, 2)])
-def test_work_counts_no_padding(height: int, width: int) -> None:
+def test_work_counts_no_padding(height: int, width: int, blocks: int) -> None:
     """A convolution of ones with ones gives the taps that met a pixel, times the channels."""
-    network = NetworkConfig(height=height, width=width, channels=3, conv_channels=(4, 8), hidden=16)
+    shape = {"height": height, "width": width, "channels": 3}
+    network = NetworkConfig(**shape, conv_channels=(4, 8), hidden=16, residual_blocks=blocks)
     multiplications = 0
     pixels = torch.ones((1, 3, height, width))
     for outputs in (4, 8):
-        ones = torch.ones((outputs, pixels.shape[1], 3, 3))
-        counts = torch.nn.functional.conv2d(torch.ones_like(pixels), ones, stride=2, padding=1)
-        multiplications += int(counts.sum())
-        pixels = counts
+        for stride in (2, *[1] * blocks):
+            ones = torch.ones((outputs, pixels.shape[1], 3, 3))
+            pixels = torch.nn.functional.conv2d(torch.ones_like(pixels), ones, stride=stride, padding=1)
+            multiplications += int(pixels.sum())
     multiplications += pixels.numel() * 16 + 16 * 128
     assert Work.of(network, bytes_per_number=4).flops_per_image == 2 * multiplications
 
 
-def test_work_counts_the_weights(bundle: bundles.Bundle) -> None:
-    names = ("trunk", "mean")
-    tensors = {name: array for name, array in bundle.part("encoder").items() if name.startswith(names)}
-    norms = {name.rpartition(".")[0] for name in tensors if name.endswith("running_mean")}
-    numbers = sum(array.size for name, array in tensors.items() if name.rpartition(".")[0] not in norms)
-    biases = sum(bundle.card.network.conv_channels)  # what folding leaves of the norms
-    assert Work.of(bundle.card.network, bytes_per_number=2).weight_bytes_per_batch == 2 * (numbers + biases)
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_work_counts_the_weights(blocks: int) -> None:
+    network = NetworkConfig(residual_blocks=blocks)
+    encoder = Encoder(network)
+    assert isinstance(encoder.trunk, torch.nn.Sequential)
+    folded = (_folded(encoder.trunk.eval()), encoder.mean)
+    numbers = sum(weight.numel() for module in folded for weight in module.parameters())
+    assert Work.of(network, bytes_per_number=2).weight_bytes_per_batch == 2 * numbers
+
+
+def test_batch_norms_are_folded_inside_of_residual_blocks() -> None:
+    torch.manual_seed(0)
+    trunk = Encoder(NetworkConfig(residual_blocks=2)).trunk
+    assert isinstance(trunk, torch.nn.Sequential)
+    for norm in (module for module in trunk.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        for values in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+            assert values is not None
+            values.uniform_(0.5, 1.5)
+    pixels = torch.rand(5, 1, 28, 28)
+    with torch.inference_mode():
+        expected, folded = trunk.eval()(pixels), _folded(trunk)
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+        torch.testing.assert_close(folded(pixels), expected)
 
 
 def test_the_floor_is_whatever_takes_longest() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from matvae_server import bundle, card
+from matvae_server import bundle, card, runtimes
 from matvae_server.network import MatVae
 from matvae_training import arguments, cli, data, provenance
 from matvae_training.config import DataError
@@ -62,6 +62,18 @@ def test_onnx_equals_torch_at_any_batch_size(fitted, data_root):
         for index in range(len(expected)):
             (decoded,) = decoder.run(None, {"codes": codes.numpy(), "prefix_index": np.array(index)})
             assert np.abs(decoded - expected[index]).max() <= TOLERANCE
+
+
+def test_residual_blocks_are_served_alike_by_both_runtimes(data_root, tmp_path):
+    words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
+    words += ["--epochs", "1", "--batch-size", "64", "--conv-channels", "4,8", "--residual-blocks", "2"]
+    assert cli.main([*words, "--decoder-hidden", "8", "--prefixes", "2,4"]) == 0
+    loaded = bundle.load(tmp_path / "bundle")
+    assert loaded.card.network.residual_blocks == 2
+    assert "trunk.4.1.running_var" in loaded.part("encoder")
+    images = data.load("fashion-mnist", data_root).test.images.numpy()
+    by_torch, by_onnx = (runtimes.choose(name, loaded, threads=1).encode(images) for name in ("torch", "onnxruntime"))
+    assert np.abs(by_torch - by_onnx).max() <= TOLERANCE
 
 
 def test_neighbours_by_the_codes_of_another_bundle(fitted, data_root, tmp_path):

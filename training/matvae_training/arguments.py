@@ -134,6 +134,7 @@ def network(options: argparse.Namespace) -> NetworkConfig:
     """The network, but for the image shape, which is the data's. Raises CardError."""
     return NetworkConfig(
         conv_channels=options.conv_channels,
+        residual_blocks=options.residual_blocks,
         decoder_hidden=options.decoder_hidden,
         dimensions=options.dimensions or options.prefixes[-1],
         prefixes=options.prefixes,
@@ -283,6 +284,13 @@ def _add_network(fit: argparse.ArgumentParser) -> None:
         default="32,64,128,128",
         metavar="C,C,...",
         help="channels of the encoder's stride-2 convolutions (%(default)s)",
+    )
+    fit.add_argument(
+        "--residual-blocks",
+        type=whole(0),
+        metavar="N",
+        default=default.residual_blocks,
+        help="residual convolutions behind each of those (%(default)s)",
     )
     fit.add_argument(
         "--decoder-hidden", type=whole(1), default=default.decoder_hidden, help="width of the decoder (%(default)s)"

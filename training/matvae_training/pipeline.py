@@ -122,7 +122,7 @@ def fit_bundle(
     }
     kept = None
     if run is not None:
-        shaped = {"network": json.dumps(dataclasses.asdict(network), sort_keys=True)}
+        shaped = {"network": json.dumps(network.fields(), sort_keys=True)}
         kept = Run(run, {**repeat, **shaped}, resume=resume, tensorboard=tensorboard)
 
     found = f", the {config.objective.neighbours} nearest of each first" if config.objective.neighbours else ""
