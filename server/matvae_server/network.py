@@ -24,7 +24,7 @@ class Residual(nn.Sequential):
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, height, width) -> the same shape."""
-        outputs: Tensor = super().forward(images)
+        outputs: Tensor = super().forward(images)  # type: ignore[no-untyped-call]
         return images + outputs
 
 
