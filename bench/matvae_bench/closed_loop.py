@@ -8,6 +8,7 @@ compared with those of a good reply, which an error has none of.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import subprocess
@@ -41,6 +42,12 @@ def loader() -> str:
         return "grpc.aio"
     done = subprocess.run(["h2load", "--version"], capture_output=True, text=True, check=False)
     return "h2load " + done.stdout.strip().rpartition("/")[2]
+
+
+def cpu_seconds() -> float:
+    """CPU that the loader has used so far: h2load as children that have ended, grpc.aio as this process itself."""
+    used = os.times()
+    return used.children_user + used.children_system if shutil.which("h2load") else used.user + used.system
 
 
 def run(

@@ -35,11 +35,11 @@ class EchoProcess:
     """
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-m", "matvae_bench.echo", "--port", "0"], stdout=subprocess.PIPE, text=True
         )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         if not line.startswith(_READY):
             self.__exit__(None, None, None)
             raise BenchmarkError("the echo server did not start")
@@ -51,10 +51,10 @@ class EchoProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._process.stdout is not None
-        self._process.terminate()
-        self._process.wait()
-        self._process.stdout.close()
+        assert self.process.stdout is not None
+        self.process.terminate()
+        self.process.wait()
+        self.process.stdout.close()
 
 
 class _Handler(grpc.GenericRpcHandler):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from matvae_bench import closed_loop, coalescing, echo, payloads
+from matvae_bench import closed_loop, coalescing, echo, machine, payloads
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.output import Told, first_line, spread, verdict
 from matvae_bench.server_process import ServerProcess
@@ -29,6 +29,7 @@ CALLERS = 256
 NAMES = ("encoder", "ours", "echo", "workers", "coalescer")
 
 Measured = dict[str, list[dict[str, Any]]]
+_Server = ServerProcess | echo.EchoProcess
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,19 +118,18 @@ def run(settings: Settings) -> dict[str, Any]:
     measured: Measured = {}
     skipped: dict[str, str] = {}
     flags = ("--threads", str(settings.threads))
-    starts: tuple[tuple[str, Callable[[], ServerProcess | echo.EchoProcess], set[str]], ...] = (
+    starts: tuple[tuple[str, Callable[[], _Server], set[str]], ...] = (
         ("ours", lambda: ServerProcess(*flags), {"ours", "workers", "coalescer"}),
         ("two", lambda: ServerProcess(*flags, "--workers", "2"), {"workers"}),
         ("echo", echo.EchoProcess, {"echo"}),
     )
     with contextlib.ExitStack() as stack:
-        addresses = {}
+        servers: dict[str, _Server] = {}
         for name, start, needed in starts:
             if needed & set(settings.only):
-                process = start()
-                stack.push(process)
-                addresses[name] = process.address
-        cells = _cells(settings, addresses)
+                servers[name] = start()
+                stack.push(servers[name])
+        cells = _cells(settings, servers)
         for repeat in range(settings.repeats):
             for name, measure in cells.items():
                 if name in skipped:
@@ -149,7 +149,7 @@ def run(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _cells(settings: Settings, addresses: dict[str, str]) -> dict[str, Callable[[], dict[str, Any]]]:
+def _cells(settings: Settings, servers: dict[str, _Server]) -> dict[str, Callable[[], dict[str, Any]]]:
     """Each by its name; called, it measures once."""
     cells: dict[str, Callable[[], dict[str, Any]]] = {}
     if "encoder" in settings.only:
@@ -157,8 +157,8 @@ def _cells(settings: Settings, addresses: dict[str, str]) -> dict[str, Callable[
     for server in ("ours", "echo"):
         for images, in_flight, connections in CELLS if server in settings.only else ():
             cells[f"{server} {images} x {in_flight}{f' on {connections}' if connections > 1 else ''}"] = _bind(
-                served,
-                addresses[server],
+                _accounted,
+                servers[server],
                 images,
                 in_flight,
                 seconds=settings.seconds,
@@ -167,14 +167,18 @@ def _cells(settings: Settings, addresses: dict[str, str]) -> dict[str, Callable[
             )
     if "workers" in settings.only:
         for name, images, in_flight in WORKERS_CELLS:
-            address = addresses["ours" if name == "one worker" else "two"]
+            process = servers["ours" if name == "one worker" else "two"]
             cells[f"{name} {images} x {in_flight}"] = _bind(
-                served, address, images, in_flight, seconds=settings.seconds, connections=CONNECTIONS
+                _accounted, process, images, in_flight, seconds=settings.seconds, connections=CONNECTIONS
             )
     if "coalescer" in settings.only:
         for name, coalesced in (("plain", False), ("coalesced", True)):
             cells[name] = _bind(
-                coalescing.measure, addresses["ours"], callers=CALLERS, seconds=settings.seconds, coalesced=coalesced
+                coalescing.measure,
+                servers["ours"].address,
+                callers=CALLERS,
+                seconds=settings.seconds,
+                coalesced=coalesced,
             )
     return cells
 
@@ -195,6 +199,23 @@ def served(
     if not echo_server:
         payloads.checked_call(target, payload)
     return measured
+
+
+def _accounted(server: _Server, images: int, in_flight: int, *, seconds: float, **named: Any) -> dict[str, Any]:
+    """As `served`, with `cpu_us_per_image`: what server and loader spent, all threads and processes together.
+
+    That is as if they had done as much in a second of the warm-up as in one that counts.
+    """
+    before = machine.cpu_seconds(server.process.pid), closed_loop.cpu_seconds()
+    measured = served(server.address, images, in_flight, seconds=seconds, **named)
+    after = machine.cpu_seconds(server.process.pid), closed_loop.cpu_seconds()
+    answered = measured["images_per_second"] * (seconds + closed_loop.WARM_UP_SECONDS)
+    spent = {
+        name: 1e6 * (end - start) / answered
+        for name, start, end in zip(("server", "loader"), before, after, strict=True)
+        if start is not None and end is not None
+    }
+    return measured | {"cpu_us_per_image": spent}
 
 
 def encoder(threads: int) -> dict[str, Any]:
@@ -224,9 +245,10 @@ def tables(results: dict[str, Any]) -> list[Told]:
             sizes = [size for size in repeats[0]["images_per_second"] if size in ("1", "8", "64")]
             for size in sizes:
                 rates = [repeat["images_per_second"][size] for repeat in repeats]
-                rows.append((f"encoder, batches of {size}", spread(rates, 0), "", "", "", ""))
+                rows.append((f"encoder, batches of {size}", spread(rates, 0), *[""] * 6))
             continue
         latencies = [repeat.get("latency_ms", {}) for repeat in repeats]
+        spent = [repeat.get("cpu_us_per_image", {}) for repeat in repeats]
         rows.append(
             (
                 name,
@@ -235,12 +257,14 @@ def tables(results: dict[str, Any]) -> list[Told]:
                     spread([one[key] for one in latencies if one.get(key) is not None], 2)
                     for key in ("p50", "p95", "p99")
                 ),
+                *(spread([one[key] for one in spent if key in one], 0) for key in ("server", "loader")),
                 str(sum(repeat["failed"] for repeat in repeats)),
             )
         )
-    rows += [(name, "skipped: " + why, "", "", "", "") for name, why in results["skipped"].items()]
+    rows += [(name, "skipped: " + why, *[""] * 6) for name, why in results["skipped"].items()]
+    costs = ("server, CPU µs/image", "loader, CPU µs/image")
     judged = [(g["name"], spread(g["values"], 2), g["goal"], verdict(g["reached"])) for g in results["goals"]]
     return [
-        (title, ("images x in flight", "images/s", "p50 ms", "p95 ms", "p99 ms", "failed"), rows),
+        (title, ("images x in flight", "images/s", "p50 ms", "p95 ms", "p99 ms", *costs, "failed"), rows),
         ("goals", ("what", "measured", "goal", "reached"), judged),
     ]

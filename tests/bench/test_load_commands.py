@@ -71,6 +71,8 @@ def test_throughput_of_some_cells(monkeypatch, briefly, tmp_path: Path, capsys) 
     for repeats in results["cells"].values():
         assert len(repeats) == 1
         assert repeats[0]["images_per_second"] > 0
+        if machine.cpu_seconds(os.getpid()) is not None:
+            assert repeats[0]["cpu_us_per_image"]["server"] > 0
     assert not results["skipped"]
     assert "| ours 64 x 2 on 2 |" in capsys.readouterr().out
 
