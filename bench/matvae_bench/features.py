@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from matvae_bench import closed_loop, payloads
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.output import Told, first_line, spread
 from matvae_bench.server_process import ServerProcess
+from matvae_server.admission import Admission, BatchTime
 
 CELLS = ((1, 64), (64, 8))
 """(images a request, requests in flight)"""
@@ -79,6 +81,7 @@ def run(settings: Settings) -> dict[str, Any]:
     return {
         "settings": dataclasses.asdict(settings),
         "loader": closed_loop.loader(),
+        "admission_us": [_admission_us() for _ in range(settings.repeats)],
         "cells": rates,
         "failed": failed,
         "skipped": skipped,
@@ -86,7 +89,10 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def tables(results: dict[str, Any]) -> list[Told]:
-    """Rates, and their ratio to the plain server's of the same repeat; `results` may come out of a file."""
+    """Rates, and their ratio to the plain server's of the same repeat; and what no server is without.
+
+    `results` may come out of a file.
+    """
     settings = results["settings"]
     plain = results["cells"]["plain"]
     headings = ["server"]
@@ -101,7 +107,26 @@ def tables(results: dict[str, Any]) -> list[Told]:
     empty = [""] * (len(headings) - 1)
     rows += [(name, "skipped: " + why, *empty) for name, why in results["skipped"].items()]
     title = f"{results['loader']}, {settings['repeats']} x {settings['seconds']:g} s a cell, interleaved"
-    return [(title, (*headings, "failed"), rows)]
+    told: list[Told] = [(title, (*headings, "failed"), rows)]
+    if "admission_us" in results:
+        cell, rates = next(iter(plain.items()))  # of single images: a call each
+        share = [each * rate / 1e6 for each, rate in zip(results["admission_us"], rates, strict=True)]
+        alone = ("admission", spread(results["admission_us"], 2), spread(share, 3))
+        told.append(("what every server does", ("by itself", "µs a call", f"of a call's time at {cell}"), [alone]))
+    return told
+
+
+def _admission_us(calls: int = 20_000) -> float:
+    """Microseconds for a place in the queue, deadline compared with the prediction, and for giving it back."""
+    batches = BatchTime([(1, 1e-4), (64, 2.4e-3)])
+    admission = Admission(
+        bound=4096, max_batch=64, seconds=lambda waiting, images: batches.seconds(waiting + images, 64)
+    )
+    start = time.perf_counter()
+    for _ in range(calls):
+        with admission.admit(1, 10.0):
+            pass
+    return 1e6 * (time.perf_counter() - start) / calls
 
 
 def _variants(folder: Path, skipped: dict[str, str]) -> dict[str, _Variant]:

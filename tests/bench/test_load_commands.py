@@ -136,7 +136,9 @@ def test_features_beside_the_plain_server(monkeypatch, briefly) -> None:
     results = features.run(features.Settings(seconds=0.1, repeats=2))
     assert set(results["cells"]) | set(results["skipped"]) >= {"plain", "token"}
     assert len(results["cells"]["plain"]["1 x 4"]) == 2
-    ((_, headings, rows),) = features.tables(results)
+    (_, headings, rows), (_, _, ((admission, *_),)) = features.tables(results)
+    assert admission == "admission"
+    assert all(0 < microseconds < 1000 for microseconds in results["admission_us"])
     assert rows[0][:1] == ("plain",)
     assert rows[0][2] == "1.000 ± 0.000"
     assert all(len(row) == len(headings) for row in rows)
