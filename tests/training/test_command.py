@@ -111,6 +111,18 @@ def test_neighbours_of_a_model_that_knows_more(fitted, data_root, tmp_path, caps
     assert message in capsys.readouterr().err
 
 
+def test_neighbours_of_a_model_that_saw_the_same_views(fitted, data_root, tmp_path):
+    first = tmp_path / "first"
+    shutil.copytree(fitted[0] / "bundle", first)
+    told = bundle.load(first).card
+    seen = json.dumps({"objective": {"augmentation": "garments"}})
+    changed_card = dataclasses.replace(told, provenance={**told.provenance, "config": seen})
+    (first / bundle.CARD).write_bytes(changed_card.dumps())
+    words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "out")]
+    words += ["--objective", "mmd-vae-neighbours", "--augmentation", "garments", "--neighbours-of", str(first)]
+    assert cli.main([*words, "--epochs", "1", "--batch-size", "64", "--prefixes", "2,4"]) == 0
+
+
 def test_a_first_bundle_is_not_replaced_by_the_second(fitted, data_root, capsys):
     first = fitted[0] / "bundle"
     words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(first)]

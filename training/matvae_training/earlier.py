@@ -39,8 +39,8 @@ def points_of(
     taught = json.loads(told.get("config", "{}")).get("objective", {})
     if taught.get("heads", "none") != "none" and not objective.uses_labels:
         raise FitError(f"{bundle.path} learned from labels: by its neighbours, so would an encoder that is to see none")
-    if taught.get("augmentation", "none") != "none":
-        raise FitError(f"{bundle.path} learned from augmented views: take one that saw single images")
+    if taught.get("augmentation", "none") not in ("none", objective.augmentation):
+        raise FitError(f"{bundle.path} learned from augmented views that this objective does not see: take another")
     return lambda images: encode(model, images.cpu()).to(images.device)
 
 

@@ -34,8 +34,8 @@ def add(commands: Any) -> None:
         help="1 to 22; repeatable",
     )
     reproduce.add_argument("--full", action="store_true", help="all images, 20 epochs, as in the report")
-    reproduce.add_argument("--images", type=int, help=f"that train, where not --full ({REDUCED_IMAGES})")
-    reproduce.add_argument("--epochs", type=int, help=f"at most, where not --full ({REDUCED_EPOCHS})")
+    reproduce.add_argument("--images", type=whole(1), help=f"that train, where not --full ({REDUCED_IMAGES})")
+    reproduce.add_argument("--epochs", type=whole(1), help=f"at most, where not --full ({REDUCED_EPOCHS})")
     reproduce.add_argument("--folds", type=int, choices=range(1, 6), default=1, help="of the five (%(default)s)")
     reproduce.add_argument("--variant", choices=VARIANTS, help="one alone (both)")
     reproduce.add_argument("--seed", type=int, default=0, help="of folds, weights and order (%(default)s)")
@@ -46,9 +46,9 @@ def add(commands: Any) -> None:
         allow_abbrev=False,
     )
     _add_paths(explain)
-    explain.add_argument("--images", type=int, default=REDUCED_IMAGES, help="that train (%(default)s)")
-    explain.add_argument("--epochs", type=int, default=REDUCED_EPOCHS, help="of each training (%(default)s)")
-    explain.add_argument("--small-epochs", type=int, default=150, help="of those on 500 images (%(default)s)")
+    explain.add_argument("--images", type=whole(1), default=REDUCED_IMAGES, help="that train (%(default)s)")
+    explain.add_argument("--epochs", type=whole(1), default=REDUCED_EPOCHS, help="of each training (%(default)s)")
+    explain.add_argument("--small-epochs", type=whole(1), default=150, help="of those on 500 images (%(default)s)")
     figures = commands.add_parser(
         "figures",
         help="what a bundle learned, in pictures",
