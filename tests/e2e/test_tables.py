@@ -173,9 +173,11 @@ def test_load_in_short_holds_the_figures_below_it(repository: Path) -> None:
 
 
 def test_the_other_throughput_runs(repository: Path, results: dict[str, Any]) -> None:
-    names = ("throughput-run-1", "throughput-run-2", "throughput-run-3")
+    names = ("throughput-run-1", "throughput-run-2", "throughput-run-3", "throughput-run-4")
+    told = [goal["name"] for goal in results["throughput-run-1"]["goals"]]  # later runs have more
     for row, name in zip(table(repository / "docs" / "load.md", "throughput run"), names, strict=True):
-        assert row[1:] == [spread(goal["values"], 2) for goal in results[name]["goals"]]
+        goals = {goal["name"]: spread(goal["values"], 2) for goal in results[name]["goals"]}
+        assert row[1:] == [goals[one] for one in told]
 
 
 def test_usearch_beside_flat(repository: Path, results: dict[str, Any]) -> None:
