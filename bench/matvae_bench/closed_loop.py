@@ -44,7 +44,7 @@ def loader() -> str:
     return "h2load " + done.stdout.strip().rpartition("/")[2]
 
 
-def cpu_seconds() -> float:
+def loader_cpu_seconds() -> float:
     """CPU that the loader has used so far: h2load as children that have ended, grpc.aio as this process itself."""
     used = os.times()
     return used.children_user + used.children_system if shutil.which("h2load") else used.user + used.system

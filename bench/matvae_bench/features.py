@@ -9,16 +9,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matvae_bench import closed_loop, payloads
+from matvae_bench import closed_loop, payloads, throughput
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.output import Told, first_line, spread
 from matvae_bench.server_process import ServerProcess
-from matvae_server.admission import Admission, BatchTime
 
 CELLS = ((1, 64), (64, 8))
 """(images a request, requests in flight)"""
@@ -81,7 +79,7 @@ def run(settings: Settings) -> dict[str, Any]:
     return {
         "settings": dataclasses.asdict(settings),
         "loader": closed_loop.loader(),
-        "admission_us": [_admission_us() for _ in range(settings.repeats)],
+        "admission_us": throughput.encoder(1)["admission_us"],
         "cells": rates,
         "failed": failed,
         "skipped": skipped,
@@ -109,24 +107,12 @@ def tables(results: dict[str, Any]) -> list[Told]:
     title = f"{results['loader']}, {settings['repeats']} x {settings['seconds']:g} s a cell, interleaved"
     told: list[Told] = [(title, (*headings, "failed"), rows)]
     if "admission_us" in results:
-        cell, rates = next(iter(plain.items()))  # of single images: a call each
-        share = [each * rate / 1e6 for each, rate in zip(results["admission_us"], rates, strict=True)]
-        alone = ("admission", spread(results["admission_us"], 2), spread(share, 3))
-        told.append(("what every server does", ("by itself", "µs a call", f"of a call's time at {cell}"), [alone]))
+        alone, (cell, rates) = results["admission_us"], next(iter(plain.items()))  # of single images: a call each
+        admission = ("admission", f"{alone:.2f}", spread([alone * rate / 1e6 for rate in rates], 4))
+        told.append(
+            ("what no server is without", ("by itself", "µs a call", f"of a core, at plain's {cell}"), [admission])
+        )
     return told
-
-
-def _admission_us(calls: int = 20_000) -> float:
-    """Microseconds for a place in the queue, deadline compared with the prediction, and for giving it back."""
-    batches = BatchTime([(1, 1e-4), (64, 2.4e-3)])
-    admission = Admission(
-        bound=4096, max_batch=64, seconds=lambda waiting, images: batches.seconds(waiting + images, 64)
-    )
-    start = time.perf_counter()
-    for _ in range(calls):
-        with admission.admit(1, 10.0):
-            pass
-    return 1e6 * (time.perf_counter() - start) / calls
 
 
 def _variants(folder: Path, skipped: dict[str, str]) -> dict[str, _Variant]:

@@ -202,13 +202,13 @@ def served(
 
 
 def _accounted(server: _Server, images: int, in_flight: int, *, seconds: float, **named: Any) -> dict[str, Any]:
-    """As `served`, with `cpu_us_per_image`: what server and loader spent, all threads and processes together.
+    """As `served`, with `cpu_us_per_image`: what server and loader spent, all their threads and processes together.
 
-    That is as if they had done as much in a second of the warm-up as in one that counts.
+    They spent it in the warm-up, too, where as many images a second are assumed as after it.
     """
-    before = machine.cpu_seconds(server.process.pid), closed_loop.cpu_seconds()
+    before = machine.cpu_seconds(server.process.pid), closed_loop.loader_cpu_seconds()
     measured = served(server.address, images, in_flight, seconds=seconds, **named)
-    after = machine.cpu_seconds(server.process.pid), closed_loop.cpu_seconds()
+    after = machine.cpu_seconds(server.process.pid), closed_loop.loader_cpu_seconds()
     answered = measured["images_per_second"] * (seconds + closed_loop.WARM_UP_SECONDS)
     spent = {
         name: 1e6 * (end - start) / answered
@@ -239,13 +239,18 @@ def tables(results: dict[str, Any]) -> list[Told]:
         f"{results['loader']}, {settings['threads']} encoder thread(s), {settings['repeats']} x {settings['seconds']:g}"
         " s a cell, mean ± standard deviation"
     )
+    served = [repeat for name, repeats in results["cells"].items() if name != "encoder" for repeat in repeats]
+    costs = ("server", "loader") if any("cpu_us_per_image" in repeat for repeat in served) else ()
+    spent_on = [f"{name}, CPU µs/image" for name in costs]
+    headings = ("images x in flight", "images/s", "p50 ms", "p95 ms", "p99 ms", *spent_on, "failed")
+    empty = [""] * (len(headings) - 2)
     rows: list[Sequence[str]] = []
     for name, repeats in results["cells"].items():
         if name == "encoder":
             sizes = [size for size in repeats[0]["images_per_second"] if size in ("1", "8", "64")]
             for size in sizes:
                 rates = [repeat["images_per_second"][size] for repeat in repeats]
-                rows.append((f"encoder, batches of {size}", spread(rates, 0), *[""] * 6))
+                rows.append((f"encoder, batches of {size}", spread(rates, 0), *empty))
             continue
         latencies = [repeat.get("latency_ms", {}) for repeat in repeats]
         spent = [repeat.get("cpu_us_per_image", {}) for repeat in repeats]
@@ -257,14 +262,13 @@ def tables(results: dict[str, Any]) -> list[Told]:
                     spread([one[key] for one in latencies if one.get(key) is not None], 2)
                     for key in ("p50", "p95", "p99")
                 ),
-                *(spread([one[key] for one in spent if key in one], 0) for key in ("server", "loader")),
+                *(spread([one[key] for one in spent if key in one], 0) for key in costs),
                 str(sum(repeat["failed"] for repeat in repeats)),
             )
         )
-    rows += [(name, "skipped: " + why, *[""] * 6) for name, why in results["skipped"].items()]
-    costs = ("server, CPU µs/image", "loader, CPU µs/image")
+    rows += [(name, "skipped: " + why, *empty) for name, why in results["skipped"].items()]
     judged = [(g["name"], spread(g["values"], 2), g["goal"], verdict(g["reached"])) for g in results["goals"]]
     return [
-        (title, ("images x in flight", "images/s", "p50 ms", "p95 ms", "p99 ms", *costs, "failed"), rows),
+        (title, headings, rows),
         ("goals", ("what", "measured", "goal", "reached"), judged),
     ]

@@ -36,8 +36,8 @@ class CardError(ValueError):
 class NetworkConfig:
     """Everything that shapes the network. `prefixes` ascend and end with `dimensions`.
 
-    `conv_channels` are those of the convolutions of stride 2; behind each come so many `residual_blocks`, which keep
-    its size.
+    `conv_channels` are those of the convolutions of stride 2; behind each come so many `residual_blocks`, each a
+    convolution of stride 1 that is added to what it is given.
 
     Of kind "conv", the network of `network.py`, whose widths are the fields that say so. Of kind "onnx", an encoder of
     a user's own: served through its ONNX form, which knows its own widths, so those are empty here (see `of_onnx`).
@@ -66,7 +66,7 @@ class NetworkConfig:
         if any(not isinstance(size, int) or size < 1 for size in (*sizes, *self.prefixes)):
             raise CardError(f"network: every size must be a whole number of at least 1: {self}")
         if not isinstance(self.residual_blocks, int) or self.residual_blocks < 0:
-            raise CardError(f"network: residual_blocks must be a whole number, not {self.residual_blocks!r}")
+            raise CardError(f"network: residual_blocks must be a whole number of at least 0: {self}")
         if self.channels not in (1, 3):
             raise CardError(f"network: channels must be 1 (grey) or 3 (RGB), not {self.channels}")
         if (self.kind == "conv" and not self.conv_channels) or not self.prefixes:
@@ -193,6 +193,8 @@ class Card:
         if hashlib.sha256(blank).hexdigest() != digest:
             raise CardError("card.json was changed after it was written: its digest does not match")
         try:
+            if newer := set(fields["network"]) - {field.name for field in dataclasses.fields(NetworkConfig)}:
+                raise CardError(f"network: unknown {', '.join(sorted(newer))}: use a newer matvae")
             card = cls(
                 network=NetworkConfig(**fields["network"]),
                 quantiser=codec.Quantiser(

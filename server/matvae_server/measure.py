@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from matvae import __version__
 from matvae_server import bundle as bundles
 from matvae_server import runtimes
+from matvae_server.admission import Admission, BatchTime
 from matvae_server.config import ServerConfig
 from matvae_server.throughput import rate
 
@@ -20,7 +22,8 @@ SECONDS = 1.0
 def measure(config: ServerConfig) -> dict[str, Any]:
     """Images per second of the default model's encoder by batch size, in one process, with the threads it would have.
 
-    Raises BundleError or RuntimeUnavailableError.
+    And the microseconds that a call's admission to the queue takes, which no server is without. Raises BundleError or
+    RuntimeUnavailableError.
     """
     bundle = bundles.load(bundles.find(config.bundles[0]))
     encoder = runtimes.choose(
@@ -44,4 +47,16 @@ def measure(config: ServerConfig) -> dict[str, Any]:
         "server_version": __version__,
         "seconds_each": SECONDS,
         "images_per_second": rates,
+        "admission_us": _admission_us(),
     }
+
+
+def _admission_us(calls: int = 20_000) -> float:
+    """A place in an empty queue asked for, its prediction compared with a deadline, and the place given back."""
+    batches = BatchTime([(1, 1e-4), (64, 2.4e-3)])
+    admission = Admission(bound=4096, max_batch=64, seconds=lambda depth, images: batches.seconds(depth + images, 64))
+    start = time.perf_counter()
+    for _ in range(calls):
+        with admission.admit(1, 10.0):
+            pass
+    return 1e6 * (time.perf_counter() - start) / calls

@@ -22,10 +22,10 @@ def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, nn.
 class Residual(nn.Sequential):
     """Layers whose output is added to their input (He et al. 2015, arXiv 1512.03385)."""
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """(n, channels, height, width) -> the same shape."""
-        outputs: Tensor = super().forward(images)  # type: ignore[no-untyped-call]
-        return images + outputs
+        outputs: Tensor = super().forward(features)  # type: ignore[no-untyped-call]
+        return features + outputs
 
 
 def _residual(channels: int) -> nn.Module:

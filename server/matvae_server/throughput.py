@@ -26,7 +26,7 @@ class Work:
 
     The multiplications and additions with what is in the image, not with the padding around it; every weight read once
     a batch; the pixels of an image read and its code written. What layers hand to each other is not among it: it may
-    stay in a cache.
+    stay in a cache. Of convolutions of stride 1, which residual blocks have, algorithms exist that multiply less.
     """
 
     flops_per_image: int
@@ -89,7 +89,7 @@ def measure(
 
     One batch after the other, as `encode` computes them; and, where the encoder offers it, two under way at a time.
     `ceilings` are those of `runtime_torch`, empty where they were not measured. A share above 1 says that they were
-    measured too low, as when another program had the device meanwhile.
+    measured too low, as when another program had the device meanwhile, or that stride 1 was computed with fewer steps.
     """
     rows = []
     for size in sizes:

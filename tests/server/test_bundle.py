@@ -1,6 +1,7 @@
 """Contracts 2 and 10: a bundle is what its card says, byte by byte, or it is refused by file."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def test_a_newer_format_says_so(bundle_copy: Path) -> None:
     fields = json.loads((bundle_copy / bundles.CARD).read_bytes())
     (bundle_copy / bundles.CARD).write_text(json.dumps(fields | {"format": 2}))
     with pytest.raises(bundles.BundleError, match=r"card\.json is of format 2, this version reads 1: use a newer"):
+        bundles.load(bundle_copy)
+
+
+def test_a_network_of_a_newer_version_says_so(bundle_copy: Path) -> None:
+    fields = json.loads((bundle_copy / bundles.CARD).read_bytes())
+    text = json.dumps(fields | {"digest": "0" * 64, "network": fields["network"] | {"attention": 8}})
+    text = text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1)
+    (bundle_copy / bundles.CARD).write_text(text)
+    with pytest.raises(bundles.BundleError, match="unknown attention: use a newer matvae"):
         bundles.load(bundle_copy)
 
 

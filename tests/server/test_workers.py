@@ -364,3 +364,4 @@ def test_measure_prints_the_encoders_rates() -> None:
     assert (told["runtime"], told["threads"]) == ("onnxruntime", 1)
     assert set(told["images_per_second"]) == {"1", "8", "64"}
     assert all(rate > 0 for rate in told["images_per_second"].values())
+    assert told["admission_us"] > 0

@@ -100,14 +100,16 @@ def test_neighbours_by_the_codes_of_another_bundle(fitted, data_root, tmp_path):
         ({"config": json.dumps({"objective": {"augmentation": "digits"}})}, "learned from augmented views"),
     ],
 )
-def test_neighbours_of_a_model_that_knows_more(fitted, data_root, tmp_path, capsys, *, changed, message):
+@pytest.mark.parametrize("options", [[], ["--augmentation", "garments"]])
+def test_neighbours_of_a_model_that_knows_more(fitted, data_root, tmp_path, capsys, *, changed, message, options):
     first = tmp_path / "first"
     shutil.copytree(fitted[0] / "bundle", first)
     told = bundle.load(first).card
     changed_card = dataclasses.replace(told, provenance={**told.provenance, **changed})
     (first / bundle.CARD).write_bytes(changed_card.dumps())
     words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "out")]
-    assert cli.main([*words, "--objective", "mmd-vae-neighbours", "--neighbours-of", str(first)]) == 2
+    words += ["--objective", "mmd-vae-neighbours", *options]
+    assert cli.main([*words, "--neighbours-of", str(first)]) == 2
     assert message in capsys.readouterr().err
 
 

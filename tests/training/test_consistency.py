@@ -112,7 +112,7 @@ def test_contrast_of_cosines_is_cross_entropy_of_angles_at_a_temperature():
         expected = -sum(share.log().mean() for share in shares) / 2
         torch.testing.assert_close(CosineContrast(scale=5.0)(pair(mean, other))[index], expected)
     stretched = pair(3 * mean, 0.1 * other)
-    torch.testing.assert_close(CosineContrast()(stretched), CosineContrast()(pair(mean, other)))
+    torch.testing.assert_close(CosineContrast(scale=5.0)(stretched), CosineContrast(scale=5.0)(pair(mean, other)))
 
 
 @pytest.mark.parametrize("name", ["mmd-vae-aligned", "mmd-vae-contrast", "mmd-vae-cosine"])
@@ -280,4 +280,15 @@ def test_the_tier_stands_on_the_card():
         "Matryoshka MMD-VAE with contrast of neighbours of mnist: the encoder saw no labels, the heads did; "
         "it compared each image with the 15 nearest by pixels."
     )
+    assert describe("mnist", network, OBJECTIVES["mmd-vae-cosine"]).startswith(
+        "Matryoshka MMD-VAE with contrast of cosines of two views of mnist: "
+    )
     assert "views" not in describe("mnist", network, OBJECTIVES["mmd-vae"])
+
+
+def test_a_contrast_tells_images_apart_without_reconstruction_but_alignment_does_not():
+    alone = {"reconstruction": "none", "augmentation": "digits"}
+    for consistency in ("contrast", "cosine"):
+        ObjectiveConfig(consistency=consistency, **alone)
+    with pytest.raises(FitError, match="a reconstruction, heads or a contrast"):
+        ObjectiveConfig(consistency="alignment", **alone)

@@ -307,6 +307,13 @@ def test_results_that_cannot_be_used_are_named(data_root, tmp_path, capsys):
         run.Amount(epochs=0)
 
 
+@pytest.mark.parametrize("option", ["--images", "--epochs", "--small-epochs"])
+def test_an_experiment_on_nothing_is_refused(tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "--data-root", str(tmp_path), "--out", str(tmp_path), option, "0"])
+    assert f"{option}: must be a whole number of at least 1, not '0'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", ["0", "23", "x"])
 def test_tables_that_do_not_exist_are_refused(tmp_path, capsys, number):
     with pytest.raises(SystemExit):

@@ -68,6 +68,14 @@ def test_other_weights_of_the_prefixes_are_another_recipe(packaged):
     assert row(page, f"{NESTED}, prefix weights {weights}", "0", "10,000 test", "MLP head")
 
 
+def test_another_network_is_another_recipe(packaged):
+    wide = dataclasses.replace(packaged.network, conv_channels=(64, 128), residual_blocks=1)
+    other = dataclasses.replace(packaged, network=wide, fingerprint="1" * 64)
+    page = summary.render([summary.Run.of(packaged), summary.Run.of(other)])
+    assert row(page, NESTED, "0", "10,000 test", "MLP head")
+    assert row(page, f"{NESTED}, conv channels [64, 128], residual blocks 1", "0", "10,000 test", "MLP head")
+
+
 def test_a_prefix_is_compared_with_a_model_of_that_size(packaged):
     nested = [variant(packaged, seed=seed, add=seed / 100, fingerprint=str(seed)) for seed in (0, 1)]
     single = [variant(packaged, prefixes=(m,), add=0.01, fingerprint=name) for m, name in ((8, "a"), (32, "b"))]

@@ -13,6 +13,7 @@ from matvae_training.config import (
     AUGMENTATIONS,
     CLASSES,
     CONSISTENCIES,
+    CONV_CHANNELS,
     DEVICES,
     DIVERGENCES,
     FOLDER,
@@ -45,7 +46,11 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "heads_weight": ("of their cross-entropy", ()),
     "consistency": ("of two views of every image, or of an image and a neighbour", CONSISTENCIES),
     "consistency_weight": ("of that", ()),
-    "consistency_scale": ("of a contrast: nearer than 1 / scale counts as the same; of cosines: 1 / temperature", ()),
+    "consistency_scale": (
+        "of a contrast: nearer than 1 / scale counts as the same; of cosines: 1 / temperature "
+        "(1; that of an objective by its name)",
+        (),
+    ),
     "augmentation": ("makes views; where an objective wants one, that which suits the data set", AUGMENTATIONS),
 }
 """Fields of ObjectiveConfig that have an option: what it is, and its choices, where it is not a number."""
@@ -281,7 +286,7 @@ def _add_network(fit: argparse.ArgumentParser) -> None:
     fit.add_argument(
         "--conv-channels",
         type=whole_numbers,
-        default="32,64,128,128",
+        default=",".join(map(str, CONV_CHANNELS)),
         metavar="C,C,...",
         help="channels of the encoder's stride-2 convolutions (%(default)s)",
     )

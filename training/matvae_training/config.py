@@ -145,6 +145,9 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
 }
 """The objectives that `--objective` knows. Options beside it change one of their values each."""
 
+CONV_CHANNELS = (32, 64, 128, 128)
+"""Those of the encoder, unless one asks for others."""
+
 SUITABLE = {"mnist": "digits", "fashion-mnist": "garments"}
 """The augmentation that leaves the labels of a data set alone, where it is not that of photos."""
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from matvae_server import bundle
-from matvae_server.card import Card
-from matvae_training.config import OBJECTIVES, FitConfig, ObjectiveConfig, default_prefix_weights
+from matvae_server.card import Card, NetworkConfig
+from matvae_training.config import CONV_CHANNELS, OBJECTIVES, FitConfig, ObjectiveConfig, default_prefix_weights
 from matvae_training.recipe import SAW_LABELS
 
 FORMAT = 1
@@ -26,6 +26,8 @@ SHOWN = "float32"
 """The precision that the page shows; the JSON has all."""
 _DEFAULT = {"prefix_weights": "default", "ordered": "true"}
 """Of what a recipe has beside the configuration, or tells in other words."""
+_NETWORK = {"conv_channels": list(CONV_CHANNELS), "decoder_hidden": 256, "residual_blocks": 0}
+"""Of the encoder and decoder that `fit` makes unless it is told otherwise; in a recipe stands what differs."""
 TIERS = {"false": "Label-free", "true": "With labels", "unknown": "Nobody said whether with labels"}
 COMPARED = ("mlp", "knn")
 """Metrics by which a prefix is compared with a model of that size."""
@@ -80,7 +82,7 @@ class Run:
             fingerprint=card.fingerprint,
             seed=seed,
             prefixes=card.network.prefixes,
-            recipe={**config, "ordered": card.provenance.get("ordered", "false")},
+            recipe={**config, **_widths(card.network), "ordered": card.provenance.get("ordered", "false")},
             n=card.metrics[0].n,
             split=card.metrics[0].split,
             provenance={key: card.provenance[key] for key in told if key in card.provenance},
@@ -226,7 +228,7 @@ def _label(each: Group, groups: Sequence[Group]) -> str:
     kind = "Matryoshka" if each.nested else "single-size"
     recipe, objective = each.runs[0].recipe, each.objective
     default = {**dataclasses.asdict(FitConfig()), **dataclasses.asdict(OBJECTIVES[objective or "mmd-vae"]), **_DEFAULT}
-    others = [other.runs[0].recipe for other in groups if other.nested == each.nested]
+    others = [_NETWORK | other.runs[0].recipe for other in groups if other.nested == each.nested]
     differing = (
         key
         for key in recipe
@@ -234,6 +236,11 @@ def _label(each: Group, groups: Sequence[Group]) -> str:
     )
     words = [f"{key.replace('_', ' ')} {recipe[key]}" for key in differing]
     return ", ".join([kind, *([objective] if objective else []), *words])
+
+
+def _widths(network: NetworkConfig) -> dict[str, Any]:
+    told = json.loads(json.dumps(dataclasses.asdict(network)))
+    return {key: told[key] for key, usual in _NETWORK.items() if network.kind == "conv" and told[key] != usual}
 
 
 def _complete(recipe: dict[str, Any]) -> dict[str, Any]:

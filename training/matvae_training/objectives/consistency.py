@@ -51,7 +51,7 @@ class Contrast:
 class CosineContrast:
     """As `Contrast`, of angles."""
 
-    scale: float = 5.0
+    scale: float
 
     def __call__(self, batch: Batch) -> Tensor:  # noqa: D102
         assert batch.other is not None, "consistency needs two views"
