@@ -10,12 +10,10 @@ from matvae_server import bundle
 from matvae_training import model_card
 
 FLOORS = {
-    # What is committed, less one point at most.
     "mnist": {2: 0.967, 4: 0.974, 8: 0.977, 16: 0.978, 32: 0.982, 64: 0.983, 128: 0.983},
-    # What was asked for.
-    "cifar10": {2: 0.30, 4: 0.365, 8: 0.48, 16: 0.55, 32: 0.575, 64: 0.585, 128: 0.59},
+    "cifar10": {2: 0.319, 4: 0.459, 8: 0.574, 16: 0.648, 32: 0.685, 64: 0.695, 128: 0.702},
 }
-"""MLP accuracy by prefix."""
+"""MLP accuracy by prefix: what is committed, less one point at most."""
 LARGEST = {"mnist": 10_000_000, "cifar10": 32_000_000}
 """Bytes of all files together."""
 

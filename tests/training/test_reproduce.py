@@ -19,7 +19,7 @@ from matvae_training.data import load
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Matryoshka
 from matvae_training.objectives.mmd import mmd
-from matvae_training.reproduce import page, plots, protocol, records, run
+from matvae_training.reproduce import bundle_figures, page, plots, protocol, records, run
 from matvae_training.reproduce.network import ReportVae, StackedDecoders, network
 from matvae_training.reproduce.tables import TABLES, VARIANTS
 
@@ -266,6 +266,10 @@ def test_pictures_of_a_folder_are_of_its_shape_and_of_the_classes_that_trained(t
     assert cli.main([*words, str(tmp_path / "figures")]) == 0
     ((points, labels, classes),) = drawn
     assert (points.shape, set(labels.tolist()), classes) == ((12, 2), {0, 1}, ("day", "night"))
+    # A few of many are of every class, too: these data lie class by class.
+    monkeypatch.setattr(bundle_figures, "_SHOWN", 4)
+    assert cli.main([*words, str(tmp_path / "few")]) == 0
+    assert drawn[1][1].tolist() == [0, 0, 1, 1]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {f"photos-{kind}.png" for kind in page.PICTURES}
 
     # Data of one's own may have any name; and what it is brought to is checked before anything is drawn.

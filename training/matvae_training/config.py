@@ -188,7 +188,7 @@ class FitConfig:
         if self.prefixes_per_step is not None:
             if self.prefixes_per_step < 1:
                 raise FitError(f"prefixes_per_step must be at least 1, not {self.prefixes_per_step}")
-            if self.compile:
+            if self.compile and self.prefixes_per_step < len(self.prefix_weights) - 1:
                 raise FitError("every choice of prefixes would be compiled anew: take prefixes_per_step or compile")
         for name in ("learning_rate", "weight_decay"):
             _check_number(name, getattr(self, name))

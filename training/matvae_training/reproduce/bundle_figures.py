@@ -41,7 +41,9 @@ def draw(bundle: Bundle, load: Callable[[Card], Dataset], out: Path) -> None:
     encoder, decoder = session(bundle.encoder_onnx), session(bundle.decoder_onnx)
     prefixes = bundle.card.network.prefixes
     name = bundle.card.name
-    images, labels = data.test.images[:_SHOWN].numpy(), data.test.labels[:_SHOWN].numpy()
+    # From everywhere: data may lie class by class.
+    shown = np.linspace(0, len(data.test) - 1, min(len(data.test), _SHOWN)).astype(np.int64)
+    images, labels = data.test.images[shown].numpy(), data.test.labels[shown].numpy()
     batches = (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
     codes: Array = np.concatenate([encoder.run(None, {"images": batch})[0] for batch in batches])
 
