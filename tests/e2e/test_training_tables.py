@@ -30,6 +30,8 @@ NESTED: dict[tuple[str, str, str], Mapping[str, Any]] = {
     | {"prefix_weights": [1.0, 1.0, 3.0, 3.0, 2.0, 1.0, 2.0]},
     ("EXPERIMENTS.md", "mnist", "plain"): ORDERED,
     ("EXPERIMENTS.md", "mnist", "scale 10: `bundles/mnist`"): CLOSE,
+    ("EXPERIMENTS.md", "cifar10", "Cauchy"): {"consistency": "contrast", "epochs": 4},
+    ("EXPERIMENTS.md", "cifar10", "cosine"): {"consistency": "cosine", "epochs": 4},
     ("README.md", "mnist", "this bundle"): CLOSE,
     ("README.md", "mnist", "plain, more weight on short prefixes (`--prefix-weights 10,12,6,3,1,1,1`)"): {
         "consistency": "none",
