@@ -47,7 +47,10 @@ NESTED: dict[tuple[str, str, str], Mapping[str, Any]] = {
     | {"augmentation": "garments"},
     ("README.md", "cifar10", "this bundle"): {"consistency": "cosine", "epochs": 80},
     ("README.md", "cifar10", "Cauchy contrast"): {"consistency": "contrast", "epochs": 40, "ordered": "true"},
-    ("README.md", "cifar10", "Cauchy contrast, more weight on long prefixes"): {"consistency": "contrast", "epochs": 32},
+    ("README.md", "cifar10", "Cauchy contrast, more weight on long prefixes"): {
+        "consistency": "contrast",
+        "epochs": 32,
+    },
     ("README.md", "cifar10", "plain, without views"): ORDERED,
     ("README.md", "multitask", "MNIST"): {"heads": "untied"},
     ("README.md", "multitask", "Fashion-MNIST"): {"heads": "untied"},
