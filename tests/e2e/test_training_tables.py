@@ -55,6 +55,7 @@ NESTED: dict[tuple[str, str, str], Mapping[str, Any]] = {
     ("README.md", "multitask", "MNIST"): {"heads": "untied"},
     ("README.md", "multitask", "Fashion-MNIST"): {"heads": "untied"},
     ("README.md", "multitask", "CIFAR-10, mild views"): {"heads": "untied", "augmentation": "garments"},
+    ("README.md", "multitask", "CIFAR-10, strong views"): {"heads": "untied", "augmentation": "photos"},
 }
 SINGLE: dict[tuple[str, str, str], tuple[Mapping[str, Any], ...]] = {
     ("EXPERIMENTS.md", name, label): recipes
