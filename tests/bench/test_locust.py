@@ -315,7 +315,7 @@ def test_workers_report_failures_by_status_and_wrong_codes(server, tmp_path: Pat
         shares = ("--share=sensor=1", "--share=phone=1", "--share=desktop=1", "--share=station=1", "--share=loader=0")
         done, results = run(*load, *shares, "--format=desktop=jpeg", out=tmp_path / "run.json")
     assert done.returncode == 1, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("matvae-bench: phone: 1 JPEG x 32-d int8: ")
+    assert done.stderr.splitlines()[-1].startswith("matvae-bench: phone: 1 JPEG x 32-d int8: "), done.stderr
     assert "Traceback" not in done.stderr
     profiles = by_kind(results)
     assert profiles.keys() == {"all", "sensor", "phone", "desktop", "station"}
