@@ -36,8 +36,8 @@ class CardError(ValueError):
 class NetworkConfig:
     """Everything that shapes the network. `prefixes` ascend and end with `dimensions`.
 
-    `conv_channels` are those of the convolutions of stride 2; behind each come so many `residual_blocks`, each a
-    convolution of stride 1 that is added to what it is given.
+    `conv_channels` are those of the convolutions of stride 2, of which the first can have a `stem_stride` of 1; behind
+    each come so many `residual_blocks`, each a convolution of stride 1 that is added to what it is given.
 
     Of kind "conv", the network of `network.py`, whose widths are the fields that say so. Of kind "onnx", an encoder of
     a user's own: served through its ONNX form, which knows its own widths, so those are empty here (see `of_onnx`).
@@ -53,6 +53,7 @@ class NetworkConfig:
     dimensions: int = 128
     prefixes: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
     residual_blocks: int = 0
+    stem_stride: int = 2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "conv_channels", tuple(self.conv_channels))
@@ -60,13 +61,15 @@ class NetworkConfig:
         if self.kind not in KINDS:
             raise CardError(f"network: unknown kind {self.kind!r}; this version knows {', '.join(KINDS)}")
         widths = (self.hidden, self.decoder_hidden, *self.conv_channels)
-        if self.kind == "onnx" and (*widths, self.residual_blocks) != (0, 0, 0):
+        if self.kind == "onnx" and (*widths, self.residual_blocks, self.stem_stride) != (0, 0, 0, 2):
             raise CardError(f"network: of kind 'onnx' only the shapes stand on the card, no widths: {self}")
         sizes = (self.height, self.width, self.dimensions, *(widths if self.kind == "conv" else ()))
         if any(not isinstance(size, int) or size < 1 for size in (*sizes, *self.prefixes)):
             raise CardError(f"network: every size must be a whole number of at least 1: {self}")
         if not isinstance(self.residual_blocks, int) or self.residual_blocks < 0:
             raise CardError(f"network: residual_blocks must be a whole number of at least 0: {self}")
+        if not isinstance(self.stem_stride, int) or self.stem_stride not in (1, 2):
+            raise CardError(f"network: stem_stride must be 1 or 2, not {self.stem_stride}")
         if self.channels not in (1, 3):
             raise CardError(f"network: channels must be 1 (grey) or 3 (RGB), not {self.channels}")
         if (self.kind == "conv" and not self.conv_channels) or not self.prefixes:
@@ -94,7 +97,13 @@ class NetworkConfig:
 
     def fields(self) -> dict[str, Any]:
         """As JSON has it. What came later is left out where it is not used: a fingerprint stays what it was."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key != "residual_blocks" or value}
+        later = {"residual_blocks": 0, "stem_stride": 2}
+        return {key: value for key, value in dataclasses.asdict(self).items() if later.get(key) != value}
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the convolutions of `conv_channels`, one after the other."""
+        return self.stem_stride, *(2 for _ in self.conv_channels[1:])
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -43,10 +43,10 @@ class Encoder(nn.Module):
         sizes = (config.channels, *config.conv_channels)
         height, width = config.height, config.width
         layers: list[nn.Module] = []
-        for inputs, outputs in itertools.pairwise(sizes):
-            layers += _convolution(inputs, outputs, stride=2)
+        for (inputs, outputs), stride in zip(itertools.pairwise(sizes), config.strides, strict=True):
+            layers += _convolution(inputs, outputs, stride)
             layers += [_residual(outputs) for _ in range(config.residual_blocks)]
-            height, width = (height + 1) // 2, (width + 1) // 2
+            height, width = -(-height // stride), -(-width // stride)
         self.trunk = nn.Sequential(
             *layers, nn.Flatten(), nn.Linear(sizes[-1] * height * width, config.hidden), nn.GELU()
         )

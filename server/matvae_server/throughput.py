@@ -44,10 +44,11 @@ class Work:
             raise ValueError(f"the work of a network of kind {network.kind!r} is not known")
         multiplications, weights = 0, 0
         height, width = network.height, network.width
-        for inputs, outputs in itertools.pairwise((network.channels, *network.conv_channels)):
-            multiplications += inputs * outputs * _taps(height, 2) * _taps(width, 2)
+        sizes = itertools.pairwise((network.channels, *network.conv_channels))
+        for (inputs, outputs), stride in zip(sizes, network.strides, strict=True):
+            multiplications += inputs * outputs * _taps(height, stride) * _taps(width, stride)
             weights += (9 * inputs + 1) * outputs
-            height, width = (height + 1) // 2, (width + 1) // 2
+            height, width = -(-height // stride), -(-width // stride)
             blocks = network.residual_blocks
             multiplications += blocks * outputs**2 * _taps(height, 1) * _taps(width, 1)
             weights += blocks * (9 * outputs + 1) * outputs

@@ -112,6 +112,7 @@ def test_the_fingerprint_is_of_the_space_and_not_of_the_name(bundle: bundles.Bun
         {"quantiser": shifted},
         {"network": dataclasses.replace(card.network, decoder_hidden=257)},
         {"network": dataclasses.replace(card.network, residual_blocks=1)},
+        {"network": dataclasses.replace(card.network, stem_stride=1)},
         {"resize_rule": "another"},
         {"encoder": renamed},
         {"encoder": widened},
@@ -135,6 +136,8 @@ def test_an_unknown_bundle_lists_the_packaged_ones() -> None:
         {"kind": "vit"},
         {"conv_channels": ()},
         {"residual_blocks": -1},
+        {"stem_stride": 3},
+        {"stem_stride": 1.0},
     ],
     ids=lambda change: next(iter(change)),
 )

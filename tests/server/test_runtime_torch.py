@@ -147,16 +147,16 @@ def test_a_ring_starts_two_before_it_waits_for_one() -> None:
     assert [carrier.waits for carrier in carriers] == [1, 0]
 
 
-@pytest.mark.parametrize("blocks", [0, 2])
+@pytest.mark.parametrize(("blocks", "stem"), [(0, 2), (2, 2), (1, 1)])
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (9, 7), (8, 5), (1, 2)])
-def test_work_counts_no_padding(height: int, width: int, blocks: int) -> None:
+def test_work_counts_no_padding(height: int, width: int, blocks: int, stem: int) -> None:
     """A convolution of ones with ones gives the taps that met a pixel, times the channels."""
     shape = {"height": height, "width": width, "channels": 3}
-    network = NetworkConfig(**shape, conv_channels=(4, 8), hidden=16, residual_blocks=blocks)
+    network = NetworkConfig(**shape, conv_channels=(4, 8), hidden=16, residual_blocks=blocks, stem_stride=stem)
     multiplications = 0
     pixels = torch.ones((1, 3, height, width))
-    for outputs in (4, 8):
-        for stride in (2, *[1] * blocks):
+    for outputs, first in ((4, stem), (8, 2)):
+        for stride in (first, *[1] * blocks):
             ones = torch.ones((outputs, pixels.shape[1], 3, 3))
             pixels = torch.nn.functional.conv2d(torch.ones_like(pixels), ones, stride=stride, padding=1)
             multiplications += int(pixels.sum())
@@ -164,9 +164,9 @@ def test_work_counts_no_padding(height: int, width: int, blocks: int) -> None:
     assert Work.of(network, bytes_per_number=4).flops_per_image == 2 * multiplications
 
 
-@pytest.mark.parametrize("blocks", [0, 2])
-def test_work_counts_the_weights(blocks: int) -> None:
-    network = NetworkConfig(residual_blocks=blocks)
+@pytest.mark.parametrize(("blocks", "stem"), [(0, 2), (2, 2), (1, 1)])
+def test_work_counts_the_weights(blocks: int, stem: int) -> None:
+    network = NetworkConfig(residual_blocks=blocks, stem_stride=stem)
     encoder = Encoder(network)
     assert isinstance(encoder.trunk, torch.nn.Sequential)
     folded = (_folded(encoder.trunk.eval()), encoder.mean)

@@ -64,12 +64,13 @@ def test_onnx_equals_torch_at_any_batch_size(fitted, data_root):
             assert np.abs(decoded - expected[index]).max() <= TOLERANCE
 
 
-def test_residual_blocks_are_served_alike_by_both_runtimes(data_root, tmp_path):
+def test_residual_blocks_and_a_stem_without_stride_are_served_alike_by_both_runtimes(data_root, tmp_path):
     words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
     words += ["--epochs", "1", "--batch-size", "64", "--conv-channels", "4,8", "--residual-blocks", "2"]
-    assert cli.main([*words, "--decoder-hidden", "8", "--prefixes", "2,4"]) == 0
+    assert cli.main([*words, "--stem-stride", "1", "--decoder-hidden", "8", "--prefixes", "2,4"]) == 0
     loaded = bundle.load(tmp_path / "bundle")
-    assert loaded.card.network.residual_blocks == 2
+    assert (loaded.card.network.residual_blocks, loaded.card.network.stem_stride) == (2, 1)
+    assert loaded.part("encoder")["trunk.11.weight"].shape[1] == 8 * 14 * 14
     assert "trunk.4.1.running_var" in loaded.part("encoder")
     images = data.load("fashion-mnist", data_root).test.images.numpy()
     by_torch, by_onnx = (runtimes.choose(name, loaded, threads=1).encode(images) for name in ("torch", "onnxruntime"))

@@ -40,7 +40,7 @@ def data():
 
 def train(directory, report=lambda progress: None, config=CONFIG, *, resume=False):
     """The losses by step, and the trained model."""
-    run = Run(directory, {"config": repr(config)}, resume=resume)
+    run = Run(directory, {"config": json.dumps(dataclasses.asdict(config))}, resume=resume)
     images, labels = data()
     losses = {}
 
@@ -108,6 +108,16 @@ def test_a_run_is_not_overwritten_nor_continued_by_another(tmp_path):
         train(tmp_path)
     with pytest.raises(FitError, match="is of another run: its config is"):
         train(tmp_path, config=FitConfig(epochs=5, batch_size=8, prefix_weights=(1.0,) * 3), resume=True)
+
+
+def test_a_run_goes_on_elsewhere_and_says_where_it_began(tmp_path):
+    there = {"config": '{"device": "cuda", "compile": true, "seed": 0}', "hardware": "a GPU", "command": "fit"}
+    here = {"config": '{"device": "cpu", "compile": false, "seed": 0}', "hardware": "a CPU", "command": "fit --resume"}
+    assert Run(tmp_path, there, resume=False).began == {}
+    assert Run(tmp_path, there | {"command": "fit --resume"}, resume=True).began == {}
+    assert Run(tmp_path, here, resume=True).began == there
+    with pytest.raises(FitError, match="is of another run: its config is"):
+        Run(tmp_path, here | {"config": '{"device": "cpu", "compile": false, "seed": 1}'}, resume=True)
 
 
 @pytest.mark.parametrize(

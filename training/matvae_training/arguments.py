@@ -140,6 +140,7 @@ def network(options: argparse.Namespace) -> NetworkConfig:
     return NetworkConfig(
         conv_channels=options.conv_channels,
         residual_blocks=options.residual_blocks,
+        stem_stride=options.stem_stride,
         decoder_hidden=options.decoder_hidden,
         dimensions=options.dimensions or options.prefixes[-1],
         prefixes=options.prefixes,
@@ -296,6 +297,14 @@ def _add_network(fit: argparse.ArgumentParser) -> None:
         metavar="N",
         default=default.residual_blocks,
         help="residual convolutions behind each of those (%(default)s)",
+    )
+    fit.add_argument(
+        "--stem-stride",
+        type=int,
+        choices=(1, 2),
+        default=default.stem_stride,
+        help="stride of the first of those: 1 computes in the images' own resolution, at four times the cost "
+        "(%(default)s)",
     )
     fit.add_argument(
         "--decoder-hidden", type=whole(1), default=default.decoder_hidden, help="width of the decoder (%(default)s)"

@@ -31,6 +31,11 @@ def find(name: str) -> torch.device:
     return torch.device(name)
 
 
+def name(device: str) -> str:
+    """Of the GPU, where `device` is one that can be used; else empty."""
+    return torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else ""
+
+
 def compiled(compute: Callable[..., Terms], device: torch.device) -> Callable[..., Terms]:
     """`compute`, fused by `torch.compile`; on a GPU as CUDA graphs, whose kernels are launched as one.
 

@@ -15,7 +15,7 @@ import torch
 
 from matvae_server.bundle import Bundle
 from matvae_server.card import Card, NetworkConfig
-from matvae_training import earlier, provenance
+from matvae_training import device, earlier, provenance
 from matvae_training.bundling import sampled_accuracy, table, write_bundle
 from matvae_training.config import FOLDER, FitConfig, FitError
 from matvae_training.console import say
@@ -118,12 +118,14 @@ def fit_bundle(
         SAW_LABELS: str(config.objective.uses_labels).lower(),
         "ordered": str(ordered).lower(),
         **({} if neighbours_of is None else {"neighbours_of": earlier.origin(neighbours_of)}),
-        **_circumstances(command),
+        **_circumstances(command, device.name(config.device)),
     }
     kept = None
     if run is not None:
         shaped = {"network": json.dumps(network.fields(), sort_keys=True)}
         kept = Run(run, {**repeat, **shaped}, resume=resume, tensorboard=tensorboard)
+        if kept.began:
+            repeat["began"] = json.dumps(kept.began)
 
     found = f", the {config.objective.neighbours} nearest of each first" if config.objective.neighbours else ""
     say(f"fit: {len(data.train)} images, {config.epochs} epochs{found}")
@@ -223,8 +225,8 @@ def _prepare(source: Source, out: Path, threads: int | None) -> _Prepared:
     )
 
 
-def _circumstances(command: str) -> dict[str, str]:
-    return provenance.circumstances(torch.get_num_threads(), command)
+def _circumstances(command: str, gpu: str = "") -> dict[str, str]:
+    return provenance.circumstances(torch.get_num_threads(), command, gpu)
 
 
 def _write(

@@ -52,8 +52,8 @@ def commit() -> str:
         return "unknown"
 
 
-def hardware(threads: int) -> str:
-    """The processor's model and how many threads worked on it."""
+def hardware(threads: int, gpu: str = "") -> str:
+    """The processor's model and how many threads worked on it; before it the GPU, if there was one at work."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -63,12 +63,12 @@ def hardware(threads: int) -> str:
         if line.startswith("model name"):
             model = line.partition(":")[2].strip()
             break
-    return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{gpu + '; ' if gpu else ''}{model}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def circumstances(threads: int, command: str) -> dict[str, str]:
+def circumstances(threads: int, command: str, gpu: str = "") -> dict[str, str]:
     """All of it: where, with what, by which code and by which command."""
-    return {"hardware": hardware(threads), "versions": versions(), "commit": commit(), "command": command}
+    return {"hardware": hardware(threads, gpu), "versions": versions(), "commit": commit(), "command": command}
 
 
 def versions() -> str:

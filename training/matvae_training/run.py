@@ -21,21 +21,33 @@ FORMAT = 1
 SAME = ("config", "network", "data_sha256", "split", "excluded_classes", "neighbours_of")
 """What must not differ between a run and its continuation."""
 
+MAY_DIFFER = ("device", "compile")
+"""What of `config` may: where it is computed. What is trained elsewhere can be evaluated here, or go on here."""
+
+CIRCUMSTANCES = ("config", "hardware", "versions", "commit", "command")
+
 
 class Run:
-    """The directory `path`, made if need be. Raises FitError where it holds another run, or one and not `resume`."""
+    """The directory `path`, made if need be. Raises FitError where it holds another run, or one and not `resume`.
+
+    `began` are those of CIRCUMSTANCES under which it began, where it goes on under others.
+    """
 
     def __init__(self, path: Path, description: Mapping[str, str], *, resume: bool, tensorboard: bool = False) -> None:
         self.path = path
         self._board = Board(path / "tensorboard") if tensorboard else None
         self.checkpoint = Checkpoint(path / "checkpoint.pt")
         self._trimmed = False
+        self.began: dict[str, str] = {}
         path.mkdir(parents=True, exist_ok=True)
         file = path / "run.json"
         if file.exists():
             if not resume:
                 raise FitError(f"{path} holds a run already: go on with it by --resume, or take another directory")
-            _check_same(file, description)
+            before = _same(file, description)
+            differs = [name for name in CIRCUMSTANCES if before.get(name) != description.get(name)]
+            if differs != ["command"]:  # which says --resume now
+                self.began = {name: before[name] for name in differs}
         else:
             file.write_text(json.dumps({"format": FORMAT, **description}, indent=1) + "\n", encoding="utf-8")
 
@@ -62,14 +74,23 @@ class Run:
         return self.path / "metrics.jsonl"
 
 
-def _check_same(file: Path, description: Mapping[str, str]) -> None:
+def _same(file: Path, description: Mapping[str, str]) -> dict[str, Any]:
+    """What the file says. Raises FitError: it is of another run."""
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         known = int(before["format"])
+        if known <= FORMAT:
+            compared = ({**one, "config": _config(one["config"])} for one in (before, description))
+            ours, wanted = compared
     except (ValueError, KeyError, TypeError):
         raise FitError(f"{file} is not what a run writes: take another directory") from None
     if known > FORMAT:
         raise FitError(f"{file} is of format {known}, this version reads {FORMAT}: use a newer matvae")
     for name in SAME:
-        if before.get(name) != description.get(name):
+        if ours.get(name) != wanted.get(name):
             raise FitError(f"{file} is of another run: its {name} is {before.get(name)}, not {description.get(name)}")
+    return before
+
+
+def _config(text: str) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(text).items() if name not in MAY_DIFFER}

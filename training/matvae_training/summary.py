@@ -26,7 +26,7 @@ SHOWN = "float32"
 """The precision that the page shows; the JSON has all."""
 _DEFAULT = {"prefix_weights": "default", "ordered": "true"}
 """Of what a recipe has beside the configuration, or tells in other words."""
-_NETWORK = {"conv_channels": list(CONV_CHANNELS), "decoder_hidden": 256, "residual_blocks": 0}
+_NETWORK = {"conv_channels": list(CONV_CHANNELS), "decoder_hidden": 256, "residual_blocks": 0, "stem_stride": 2}
 """Of the encoder and decoder that `fit` makes unless it is told otherwise; in a recipe stands what differs."""
 TIERS = {"false": "Label-free", "true": "With labels", "unknown": "Nobody said whether with labels"}
 COMPARED = ("mlp", "knn")
@@ -75,6 +75,7 @@ class Run:
             "commit",
             "command",
             "ordered_by",
+            "began",
             "neighbours_of",
         )
         return cls(
