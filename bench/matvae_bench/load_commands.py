@@ -43,6 +43,13 @@ def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> Non
     throughput.add_argument("--threads", type=whole_number(1), default=1, help="of the encoder (default 1)")
     names = "encoder, ours, echo, workers, coalescer"
     throughput.add_argument("--only", action="append", metavar="CELL", help=f"{names}; may be given several times")
+    throughput.add_argument(
+        "--workers",
+        type=whole_number(3),
+        action="append",
+        metavar="N",
+        help="also a server of N worker processes; may be given several times",
+    )
     _add_common(throughput)
 
     features = add("features", _features, "what tokens, TLS, metrics and the access log cost")
@@ -132,7 +139,13 @@ def _throughput(options: argparse.Namespace) -> None:
     only = tuple(options.only or throughput.NAMES)
     if unknown := set(only) - set(throughput.NAMES):
         raise BenchmarkError(f"--only: no cell is called {unknown.pop()}, there are {', '.join(throughput.NAMES)}")
-    settings = throughput.Settings(seconds=options.seconds, repeats=options.repeats, threads=options.threads, only=only)
+    settings = throughput.Settings(
+        seconds=options.seconds,
+        repeats=options.repeats,
+        threads=options.threads,
+        only=only,
+        workers=tuple(sorted(set(options.workers or ()))),
+    )
     _show(options, throughput, lambda: throughput.run(settings))
 
 

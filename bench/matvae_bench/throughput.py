@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from matvae_bench import closed_loop, coalescing, echo, machine, payloads
 from matvae_bench.errors import BenchmarkError
@@ -22,24 +22,37 @@ CELLS = ((1, 1, 1), (1, 16, 1), (1, 64, 1), (1, 64, 8), (1, 256, 1), (64, 1, 1),
 CONNECTIONS = 8
 """The kernel shares connections out among workers, not calls."""
 
-WORKERS_CELLS = (("one worker", 64, 8), ("two workers", 64, 8), ("two workers", 1, 64))
-"""(which server, images a request, requests in flight), on CONNECTIONS."""
+WORKERS_CELLS = ((1, 64, 8, CONNECTIONS), (2, 64, 8, CONNECTIONS), (2, 1, 64, CONNECTIONS))
+"""(workers, images a request, requests in flight, connections)."""
+
+EACH_WORKER = 4
+"""Requests in flight, each on a connection of its own, for every one of more than two workers."""
 
 CALLERS = 256
 NAMES = ("encoder", "ours", "echo", "workers", "coalescer")
 
+Made = TypeVar("Made")
 Measured = dict[str, list[dict[str, Any]]]
 _Server = ServerProcess | echo.EchoProcess
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`seconds` is how long a cell lasts, `threads` how wide the encoder runs, `only` which NAMES are measured."""
+    """`seconds` is how long a cell lasts, `threads` how wide the encoder runs, `only` which NAMES are measured.
+
+    `workers` are numbers of worker processes beyond two, each measured with requests of 64 images.
+    """
 
     seconds: float = 3.0
     repeats: int = 3
     threads: int = 1
     only: tuple[str, ...] = NAMES
+    workers: tuple[int, ...] = ()
+
+    @property
+    def workers_cells(self) -> tuple[tuple[int, int, int, int], ...]:
+        """WORKERS_CELLS, and one for each of `workers`."""
+        return WORKERS_CELLS + tuple((count, 64, *2 * (EACH_WORKER * count,)) for count in self.workers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,8 +133,11 @@ def run(settings: Settings) -> dict[str, Any]:
     flags = ("--threads", str(settings.threads))
     starts: tuple[tuple[str, Callable[[], _Server], set[str]], ...] = (
         ("ours", lambda: ServerProcess(*flags), {"ours", "workers", "coalescer"}),
-        ("two", lambda: ServerProcess(*flags, "--workers", "2"), {"workers"}),
         ("echo", echo.EchoProcess, {"echo"}),
+        *(
+            (_workers(count), _bind(ServerProcess, *flags, "--workers", str(count)), {"workers"})
+            for count in (2, *settings.workers)
+        ),
     )
     with contextlib.ExitStack() as stack:
         servers: dict[str, _Server] = {}
@@ -166,10 +182,14 @@ def _cells(settings: Settings, servers: dict[str, _Server]) -> dict[str, Callabl
                 echo_server=server == "echo",
             )
     if "workers" in settings.only:
-        for name, images, in_flight in WORKERS_CELLS:
-            process = servers["ours" if name == "one worker" else "two"]
-            cells[f"{name} {images} x {in_flight}"] = _bind(
-                _accounted, process, images, in_flight, seconds=settings.seconds, connections=CONNECTIONS
+        for count, images, in_flight, connections in settings.workers_cells:
+            cells[f"{_workers(count)} {images} x {in_flight}"] = _bind(
+                _accounted,
+                servers["ours" if count == 1 else _workers(count)],
+                images,
+                in_flight,
+                seconds=settings.seconds,
+                connections=connections,
             )
     if "coalescer" in settings.only:
         for name, coalesced in (("plain", False), ("coalesced", True)):
@@ -183,8 +203,12 @@ def _cells(settings: Settings, servers: dict[str, _Server]) -> dict[str, Callabl
     return cells
 
 
-def _bind(measure: Callable[..., dict[str, Any]], *arguments: Any, **named: Any) -> Callable[[], dict[str, Any]]:
-    return lambda: measure(*arguments, **named)
+def _workers(count: int) -> str:
+    return {1: "one worker", 2: "two workers"}.get(count, f"{count} workers")
+
+
+def _bind(make: Callable[..., Made], *arguments: Any, **named: Any) -> Callable[[], Made]:
+    return lambda: make(*arguments, **named)
 
 
 def served(

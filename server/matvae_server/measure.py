@@ -42,6 +42,7 @@ def measure(config: ServerConfig) -> dict[str, Any]:
         "model": bundle.card.name,
         "fingerprint": bundle.card.fingerprint,
         "runtime": encoder.name,
+        "device": getattr(encoder, "device", "cpu"),
         "compute_precision": config.compute_precision,
         "threads": config.encoder_threads,
         "server_version": __version__,

@@ -61,10 +61,11 @@ def test_kmeans_of_points_that_are_all_the_same():
 def test_reconstruction_mse_is_per_pixel_and_prefix():
     images = torch.full((7, 2, 2, 1), 51, dtype=torch.uint8)  # 0.2
 
-    def decoder(codes):
-        return torch.stack([torch.full((len(codes), 2, 2, 1), level) for level in (0.2, 0.7)])
+    class Decoder(nn.Module):
+        def forward(self, codes):
+            return torch.stack([torch.full((len(codes), 2, 2, 1), level) for level in (0.2, 0.7)])
 
-    found = reconstruction_mse(decoder, torch.zeros(7, 4), images, (2, 4))
+    found = reconstruction_mse(Decoder(), torch.zeros(7, 4), images, (2, 4))
     assert found == pytest.approx({2: 0.0, 4: 0.25}, abs=1e-6)
 
 

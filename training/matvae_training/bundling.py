@@ -12,6 +12,7 @@ from torch import Tensor
 
 from matvae_server import bundle
 from matvae_server.card import Card, Metric
+from matvae_training import device
 from matvae_training.data import Split
 from matvae_training.evaluate import evaluate, fit_quantiser
 from matvae_training.export import INVARIANCE_BATCHES, Servable, batch_invariance, export, throughput
@@ -41,7 +42,8 @@ def write_bundle(
     Returns its card, which has `provenance` and, beside it, when and how fast. Without `measure` there are neither
     heads nor metrics, and only the images of `train` are read. `sampled` is what `sampled_accuracy` found of a code
     that was ordered since, or nothing where nobody asked; without it, that is measured here. `say` is told what is
-    going on. Raises ExportError, and OSError where `out` cannot be written.
+    going on. The model may be on a GPU, and is on the CPU in the end. Raises ExportError, and OSError where `out`
+    cannot be written.
     """
     network = model.config
     codes = encode(model, train.images)
@@ -82,6 +84,7 @@ def write_bundle(
             extra["sampled_mlp_accuracy"] = sampled
 
     say("export")
+    model.cpu()
     shown = held if measure else train
     sample = shown.images[torch.arange(256) % len(shown)]
     exported = export(model, sample)
@@ -128,9 +131,13 @@ def sampled_accuracy(model: Servable, train: Split, held: Split, classes: int) -
 
 @torch.inference_mode()
 def encode(model: Servable, images: Tensor, batch_size: int = 1000) -> Tensor:
-    """uint8 images (n, height, width, channels) -> float32 codes (n, dimensions), in eval mode."""
+    """uint8 images (n, height, width, channels) -> float32 codes (n, dimensions), in eval mode.
+
+    Images and codes are on the CPU; they are computed where the model is.
+    """
     model.eval()
-    return torch.cat([model.encoder(batch) for batch in torch.split(images, batch_size)])
+    where = device.of(model.encoder)
+    return torch.cat([model.encoder(batch.to(where)).cpu() for batch in torch.split(images, batch_size)])
 
 
 def table(card: Card) -> str:

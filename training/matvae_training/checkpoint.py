@@ -55,7 +55,7 @@ class Checkpoint:
             "learned": learned.state_dict(),
             "optimiser": optimiser.state_dict(),
             "schedule": schedule.state_dict(),
-            "random": device.random_state(_device(model)),
+            "random": device.random_state(device.of(model)),
         }
         if stopping is not None:
             state["stopping"] = stopping.state_dict()
@@ -90,7 +90,7 @@ class Checkpoint:
             schedule.load_state_dict(state["schedule"])
             if stopping is not None:
                 stopping.load_state_dict(state["stopping"])
-            device.set_random_state(state["random"], _device(model))
+            device.set_random_state(state["random"], device.of(model))
             self.step = int(state["step"])
         except FileNotFoundError:
             return 0
@@ -100,7 +100,3 @@ class Checkpoint:
 
     def __str__(self) -> str:
         return f"; the checkpoint of step {self.step} is kept in {self.path}" if self.step else ""
-
-
-def _device(model: Network) -> torch.device:
-    return next(model.parameters()).device

@@ -31,6 +31,11 @@ def find(name: str) -> torch.device:
     return torch.device(name)
 
 
+def of(module: Any) -> torch.device:
+    """Where the weights of a torch module are; the CPU where it has none."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
 def name(device: str) -> str:
     """Of the GPU, where `device` is one that can be used; else empty."""
     return torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else ""

@@ -62,7 +62,10 @@ class Servable(Protocol):
         ...
 
     def eval(self) -> Any:
-        """As of any torch module; so `state_dict`."""
+        """As of any torch module; so `cpu` and `state_dict`."""
+        ...
+
+    def cpu(self) -> Any:  # noqa: D102
         ...
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from matvae_server.bundle import Head
+from matvae_training import device
 from matvae_training.assignment import one_to_one
 from matvae_training.probes import classify
 
@@ -75,19 +76,19 @@ def kmeans(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
 @torch.inference_mode()
 def reconstruction_mse(decoder: Any, codes: Tensor, images: Tensor, prefixes: Sequence[int]) -> ByPrefix:
     """Of codes (n, dimensions) and the uint8 images (n, height, width, channels) that they are of, by prefix."""
-    total = torch.zeros(len(prefixes), dtype=torch.float64)
+    total, where = torch.zeros(len(prefixes), dtype=torch.float64), device.of(decoder)
     for z, x in zip(torch.split(codes, _BATCH), torch.split(images, _BATCH), strict=True):
-        total += (decoder(z) - x / 255.0).square().flatten(2).mean(2).double().sum(1)
+        total += (decoder(z.to(where)).cpu() - x / 255.0).square().flatten(2).mean(2).double().sum(1)
     return dict(zip(prefixes, (total / len(codes)).tolist(), strict=True))
 
 
 @torch.inference_mode()
 def sampled_mlp_accuracy(encoder: Any, images: Tensor, labels: Tensor, heads: Iterable[Head]) -> ByPrefix:
     """Of the MLP heads among `heads`, by prefix, on one sample of the posterior of every image."""
-    generator = torch.Generator().manual_seed(0)
+    generator, where = torch.Generator().manual_seed(0), device.of(encoder)
     codes = []
     for batch in torch.split(images, _BATCH):
-        mean, log_variance = encoder.posterior(batch)
+        mean, log_variance = (part.cpu() for part in encoder.posterior(batch.to(where)))
         codes.append(mean + torch.randn(mean.shape, generator=generator) * (0.5 * log_variance).exp())
     sampled = torch.cat(codes)
     return {

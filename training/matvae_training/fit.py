@@ -132,7 +132,7 @@ def train(
     model.train()
     labels = labels if config.objective.uses_labels else None
     objective = nested(config, network, classes, terms)
-    where = next(iter(model.parameters())).device
+    where = device.of(model)
     objective.learned().to(where)
     compute = device.compiled(objective.__call__, where) if config.compile else objective
     images, labels = images.to(where), labels if labels is None else labels.to(where)

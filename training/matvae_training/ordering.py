@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matvae_training import device
 from matvae_training.objectives.composition import Network
 
 TAPER = 0.5
@@ -41,7 +42,9 @@ def order(model: Network, images: Tensor) -> None:
     """
     model.eval()
     encoder: Any = model.encoder
-    features = torch.cat([encoder.features(chunk) for chunk in torch.split(images, _CHUNK)]).double()
+    where = device.of(encoder)
+    features = torch.cat([encoder.features(chunk.to(where)).cpu() for chunk in torch.split(images, _CHUNK)]).double()
+    model.to(torch.device("cpu"))  # the algebra is small
     covariance = torch.cov(_affine(encoder.mean, features).T, correction=0)
     change = ordering(covariance, model.config.prefixes)
     _order_posterior(encoder, features, change)
@@ -52,6 +55,7 @@ def order(model: Network, images: Tensor) -> None:
                 m = layer.in_features
                 # The leading block of a block-triangular matrix has an inverse of its own: no later coordinate is used.
                 layer.weight.copy_(layer.weight.double() @ torch.linalg.inv(change[:m, :m]))
+    model.to(where)
 
 
 def ordering(covariance: Tensor, prefixes: Sequence[int]) -> Tensor:

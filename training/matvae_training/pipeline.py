@@ -140,6 +140,7 @@ def fit_bundle(
             stopping=data.stopping,
             points_of=points_of,
         )
+    model.to(device.find(config.device))  # which encodes all images several times
     seconds = f"{time.perf_counter() - started:.0f} to fit"
     sampled = None
     if ordered:

@@ -103,6 +103,9 @@ class Network(Protocol):
     def eval(self) -> Any:  # noqa: D102
         ...
 
+    def to(self, device: torch.device, /) -> Any:  # noqa: D102
+        ...
+
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         ...
 
