@@ -23,6 +23,7 @@ def describe() -> dict[str, Any]:
         # Of an absolute path only the last part: the rest is a matter of the machine.
         "command": shlex.join(["matvae-bench", *(Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:])]),
         "processor": _processor(),
+        **({"gpus": gpus} if (gpus := _gpus()) else {}),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -43,6 +44,15 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or "unknown"
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _gpus() -> list[str]:
+    """Those that NVIDIA's driver knows."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
 
 
 def _commit() -> str:
