@@ -67,6 +67,34 @@ def test_the_load_table(repository: Path, results: dict[str, Any]) -> None:
     ]
 
 
+def test_the_gpu_tables(repository: Path, results: dict[str, Any]) -> None:
+    page = repository / "docs" / "gpu.md"
+    measured = results["runtimes-h200"]["throughput"]
+    ways = ("images_per_second", "images_per_second_two_under_way")
+    assert table(page, "batch") == [
+        [
+            str(both[0]["batch"]),
+            *(
+                cell
+                for row in both
+                for cell in (*(f"{row[way]:,.0f}" for way in ways), f"{100 * row['share_of_floor']:.1f} %")
+            ),
+        ]
+        for both in zip(*(measured[f"torch-cuda {name}"]["batches"] for name in ("fp32", "bf16")), strict=True)
+    ]
+    cells = results["throughput-h200"]["cells"]
+    assert table(page, "workers, images x in flight") == [
+        [
+            name,
+            spread([each["images_per_second"] for each in repeats], 0),
+            *(spread([each["latency_ms"][key] for each in repeats], 2) for key in ("p50", "p99")),
+            spread([each["cpu_us_per_image"]["server"] for each in repeats], 0),
+        ]
+        for name, repeats in cells.items()
+        if name != "encoder"
+    ]
+
+
 def test_the_retrieval_table(repository: Path, results: dict[str, Any]) -> None:
     contenders = results["retrieval-1m"]["contenders"]
     flat = next(point["queries_per_second"] for point in contenders if point["name"] == "flat-128")
