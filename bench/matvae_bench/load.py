@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from locust.env import Environment
 from matvae_bench import kinds, load_users
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.judge import Reference
+from matvae_bench.spawned import SpawnedProcess
 from matvae_bench.watch import Watch, warn
 
 _WORKER_SECONDS = 60.0
@@ -72,7 +72,7 @@ def run(settings: Settings) -> tuple[list[dict[str, Any]], list[str]]:
     runs, complaints = [], []
     reference = watch.ask()
     with _interruptible() as interrupted, contextlib.ExitStack() as stack:
-        children: list[subprocess.Popen[bytes]] = []
+        children: list[SpawnedProcess] = []
         if workers:
             host, port = settings.bind[0], runner.server.port
             warn(f"master on {host}:{port} waits for {workers} workers")
@@ -128,28 +128,27 @@ def _interruptible() -> Iterator[Event]:
 
 
 @contextlib.contextmanager
-def _worker(host: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def _worker(host: str, port: int) -> Iterator[SpawnedProcess]:
     """A worker process of our own; ends with its master, and is killed where it does not."""
     address = ["--master-host", "127.0.0.1" if host == "*" else host, "--master-port", str(port)]
-    command = [sys.executable, "-m", "matvae_bench", "run", "--worker", *address]
-    # In a session of its own, so that Ctrl-C in a terminal reaches the master alone, which then stops all.
-    process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
+    # Ctrl-C in a terminal reaches the master alone, which then stops all.
+    process = SpawnedProcess([sys.executable, "-m", "matvae_bench", "run", "--worker", *address])
     try:
         yield process
     finally:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GOODBYE_SECONDS)
+        process.wait(_GOODBYE_SECONDS)
         process.kill()
         process.wait()
 
 
-def _wait_for_workers(runner: Any, count: int, children: Sequence[subprocess.Popen[bytes]], interrupted: Event) -> None:
+def _wait_for_workers(runner: Any, count: int, children: Sequence[SpawnedProcess], interrupted: Event) -> None:
     deadline = time.monotonic() + _WORKER_SECONDS
     while len(runner.clients.ready) < count:
         if interrupted.wait(0.05):
             raise KeyboardInterrupt
-        if any(child.poll() is not None for child in children):
-            raise BenchmarkError("a worker process ended before the load began; what it said stands above")
+        for child in children:
+            if ended := child.ended:
+                raise BenchmarkError(f"a worker process ended {ended} before the load began; what it said stands above")
         if children and time.monotonic() > deadline:
             raise BenchmarkError(f"only {len(runner.clients.ready)} of {count} workers came in {_WORKER_SECONDS:g} s")
 

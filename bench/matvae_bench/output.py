@@ -87,11 +87,15 @@ def first_line(text: str, most: int = 100) -> str:
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
-def save(path: Path | None, results: dict[str, Any]) -> None:
-    """Write JSON, with where it was measured, unless `path` is None; dataclasses become objects."""
+def save(path: Path | None, results: dict[str, Any], *, about: dict[str, Any] | None = None) -> None:
+    """Write JSON, with where it was measured, unless `path` is None; dataclasses become objects.
+
+    `about` is what `environment.describe` has said already, for those that may not start its processes any more.
+    """
     if path:
         from matvae_bench import environment
 
+        about = environment.describe() if about is None else about
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(environment.describe() | results, indent=1, default=dataclasses.asdict) + "\n")
+        path.write_text(json.dumps(about | results, indent=1, default=dataclasses.asdict) + "\n")
         print(f"wrote {path}")

@@ -105,6 +105,9 @@ def _hand_over(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    from matvae_bench import environment
+
+    about = environment.describe()  # runs git, which is not safe any more once locust is imported: see `spawned`
     from matvae_bench import load
 
     settings = load.Settings(
@@ -143,7 +146,7 @@ def _measure(options: argparse.Namespace) -> None:
     print_table(title, headings, rows)
     _print_checked(summary)
     out = options.out or Path("bench-results") / f"load-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    save(out, {"served": served, "summary": summary, "runs": runs})
+    save(out, {"served": served, "summary": summary, "runs": runs}, about=about)
     if complaints:
         raise BenchmarkError("; ".join(dict.fromkeys(complaints)))
 

@@ -332,6 +332,46 @@ def test_workers_report_failures_by_status_and_wrong_codes(server, tmp_path: Pat
     assert results["runs"][0]["workers"] == 2
 
 
+def run_in_python(lines: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`matvae-bench run`, after these lines in the same process."""
+    code = f"import sys\nfrom matvae_bench.cli import main\n{lines}\nraise SystemExit(main(sys.argv[1:]))"
+    command = (sys.executable, "-c", code, "run", *arguments, "--repeats", "1")
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_a_master_forks_nothing(server, tmp_path: Path) -> None:
+    """Neither workers nor git: gRPC's handlers for a fork now and then abort the child, or stop the parent for ever."""
+    forbid = """
+def hook(event, _):
+    if event in ("os.fork", "os.forkpty"):
+        raise AssertionError(f"{event} beside gRPC")
+sys.addaudithook(hook)
+"""
+    out = tmp_path / "run.json"
+    load = ("--server", server.address, "--users", "2", "--seconds", "2", "--processes", "2", "--out", str(out))
+    shares = [f"--share={name}={int(name == 'station')}" for name in KINDS]
+    done = run_in_python(forbid, *load, *shares)
+    assert "beside gRPC" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["runs"][0]["workers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("does", "ended"), [("exit 3", "with exit status 3"), ("kill -KILL $$", "by SIGKILL")], ids=["exits", "is killed"]
+)
+def test_a_worker_that_ends_early_is_told_how(server, tmp_path: Path, does: str, ended: str) -> None:
+    instead = tmp_path / "python"
+    instead.write_text(f"#!/bin/sh\necho its last words\n{does}\n")
+    instead.chmod(0o755)
+    load = ("--server", server.address, "--users", "1", "--seconds", "1", "--processes", "2")
+    done = run_in_python(f"sys.executable = {str(instead)!r}", *load)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last == f"matvae-bench: a worker process ended {ended} before the load began; what it said stands above"
+    assert "its last words" in done.stderr
+    assert "its last words" not in done.stdout
+
+
 @contextlib.contextmanager
 def started(*command: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
