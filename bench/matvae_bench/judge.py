@@ -34,8 +34,8 @@ _COARSE = 0.1
 """How far one image's coordinates may differ from batch to batch; coarser where less than fp32 computes them. Codes of
 two images are some whole numbers apart."""
 
-_SIGMAS = 5.0
-"""How far below the card's accuracy chance may take a sample: one in three million."""
+_CHANCE = 1 / 3_000_000
+"""How seldom chance may take a sample so far below the card's accuracy that it counts as wrong."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,8 +134,22 @@ class Reference:
             card = self.card.metric(name, kind.dimensions, kind.precision).value
         except NotFoundError:
             return told
-        spread = math.sqrt(card * (1 - card) / len(np.unique(positions)))
-        return told | {"card": card, "least": max(0.0, card - _SIGMAS * spread)}
+        return told | {"card": card, "least": least_accuracy(card, len(np.unique(positions)))}
+
+
+def least_accuracy(card: float, n: int) -> float:
+    """The least share right that chance leaves n images, each of which is right with the probability `card`.
+
+    By the binomial distribution itself: of a handful of images a normal one cries wolf.
+    """
+    likely = min(max(card, 1e-9), 1 - 1e-9)
+    so_few = 0.0
+    for right in range(n):
+        ways = math.lgamma(n + 1) - math.lgamma(right + 1) - math.lgamma(n - right + 1)
+        so_few += math.exp(ways + right * math.log(likely) + (n - right) * math.log1p(-likely))
+        if so_few >= _CHANCE:
+            return right / n
+    return 1.0
 
 
 def complaint(title: str, checked: dict[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import re
 import shutil
 import signal
@@ -18,6 +19,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from fractions import Fraction
 from pathlib import Path
 from random import Random
 
@@ -29,7 +31,7 @@ import pytest
 from matvae.v1 import embedding_pb2 as pb
 from matvae_bench import cli, cross_check, kinds, payloads
 from matvae_bench.errors import BenchmarkError
-from matvae_bench.judge import Reference, complaint
+from matvae_bench.judge import Reference, complaint, least_accuracy
 from matvae_bench.kinds import DESKTOP, KINDS, LOADER, PHONE, SENSOR, STATION, Kind
 from matvae_bench.tallies import Kept, Record, Sample, Tally
 from matvae_client import EmbeddingClient
@@ -302,6 +304,23 @@ def test_a_run_in_which_no_request_ends_fails(server, tmp_path: Path) -> None:
 
 
 # Several processes.
+
+
+@pytest.mark.parametrize(("card", "n"), [(0.887, 7), (0.5, 20), (0.99, 100), (0.808, 500)])
+def test_chance_seldom_takes_accuracy_below_the_least(card: float, n: int) -> None:
+    """So far that one in three million samples is worse, counted out exactly; of few images far indeed."""
+
+    def at_most(right: int) -> Fraction:
+        p = Fraction(card)
+        return sum((math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(right + 1)), Fraction(0))
+
+    right = round(least_accuracy(card, n) * n)
+    assert at_most(right - 1) < Fraction(1, 3_000_000) <= at_most(right)
+
+
+def test_a_model_that_is_always_right_may_never_be_wrong() -> None:
+    assert least_accuracy(1.0, 5) == 1.0
+    assert least_accuracy(0.0, 5) == 0.0
 
 
 def test_workers_report_failures_by_status_and_wrong_codes(server, tmp_path: Path) -> None:
