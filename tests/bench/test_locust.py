@@ -330,7 +330,8 @@ def test_workers_report_failures_by_status_and_wrong_codes(server, tmp_path: Pat
         flip_phones(request, reply, context)
 
     with proxy(server.address, alter) as address:
-        load = ("--server", address, "--users", "8", "--seconds", "2", "--processes", "2")
+        # So long that every kind is answered on a busy machine, too.
+        load = ("--server", address, "--users", "8", "--seconds", "4", "--processes", "2")
         shares = ("--share=sensor=1", "--share=phone=1", "--share=desktop=1", "--share=station=1", "--share=loader=0")
         done, results = run(*load, *shares, "--format=desktop=jpeg", out=tmp_path / "run.json")
     assert done.returncode == 1, done.stderr
