@@ -129,12 +129,14 @@ class Reference:
         name, head = self.heads.get(kind.dimensions, ("", None))
         if head is None:
             return told
-        told |= {"head": name, "accuracy": float((head.predict(codes) == truth).mean())}
+        # Each image once: what an image is taken for is no chance of its own every time that it comes.
+        seen, rows = np.unique(positions, return_index=True)
+        told |= {"head": name, "accuracy": float((head.predict(codes)[rows] == truth[rows]).mean())}
         try:
             card = self.card.metric(name, kind.dimensions, kind.precision).value
         except NotFoundError:
             return told
-        return told | {"card": card, "least": least_accuracy(card, len(np.unique(positions)))}
+        return told | {"card": card, "least": least_accuracy(card, len(seen))}
 
 
 def least_accuracy(card: float, n: int) -> float:
@@ -142,11 +144,12 @@ def least_accuracy(card: float, n: int) -> float:
 
     By the binomial distribution itself: of a handful of images a normal one cries wolf.
     """
-    likely = min(max(card, 1e-9), 1 - 1e-9)
+    if card in (0.0, 1.0):
+        return card
     so_few = 0.0
     for right in range(n):
         ways = math.lgamma(n + 1) - math.lgamma(right + 1) - math.lgamma(n - right + 1)
-        so_few += math.exp(ways + right * math.log(likely) + (n - right) * math.log1p(-likely))
+        so_few += math.exp(ways + right * math.log(card) + (n - right) * math.log1p(-card))
         if so_few >= _CHANCE:
             return right / n
     return 1.0

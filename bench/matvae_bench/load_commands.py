@@ -48,7 +48,8 @@ def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> Non
         type=whole_number(3),
         action="append",
         metavar="N",
-        help="also a server of N worker processes; may be given several times",
+        help="also a server of N worker processes, at least 3, with four requests in flight for each; may be given "
+        "several times",
     )
     _add_common(throughput)
 
@@ -139,6 +140,8 @@ def _throughput(options: argparse.Namespace) -> None:
     only = tuple(options.only or throughput.NAMES)
     if unknown := set(only) - set(throughput.NAMES):
         raise BenchmarkError(f"--only: no cell is called {unknown.pop()}, there are {', '.join(throughput.NAMES)}")
+    if options.workers and "workers" not in only:
+        raise BenchmarkError("--workers adds to the cell workers, which --only leaves out")
     settings = throughput.Settings(
         seconds=options.seconds,
         repeats=options.repeats,

@@ -9,12 +9,14 @@ machine (https://github.com/grpc/grpc/issues/43055). `posix_spawn` runs no such 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import gevent
 from gevent.event import AsyncResult
 from gevent.os import fork_and_watch
 
@@ -27,6 +29,7 @@ class SpawnedProcess:
 
     def __init__(self, command: Sequence[str]) -> None:
         self._status = AsyncResult()
+        gevent.get_hub().loop.install_sigchld()  # first: who ends before there is a handler is never noticed
         outputs = [(os.POSIX_SPAWN_DUP2, sys.stderr.fileno(), 1)]
         # Named for what it usually does: it watches whatever process the function starts.
         self.pid: int = fork_and_watch(
@@ -44,7 +47,10 @@ class SpawnedProcess:
         if not self._status.ready():
             return None
         status: int = self._status.get()
-        return f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+        if status >= 0:
+            return f"with exit status {status}"
+        known = -status in set(signal.Signals)
+        return f"by {signal.Signals(-status).name}" if known else f"by signal {-status}"
 
     def wait(self, seconds: float | None = None) -> None:
         """Until it has ended, or for so long."""
@@ -53,4 +59,5 @@ class SpawnedProcess:
     def kill(self) -> None:
         """End it at once, unless it has ended."""
         if not self._status.ready():
-            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)

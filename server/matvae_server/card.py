@@ -68,7 +68,7 @@ class NetworkConfig:
             raise CardError(f"network: every size must be a whole number of at least 1: {self}")
         if not isinstance(self.residual_blocks, int) or self.residual_blocks < 0:
             raise CardError(f"network: residual_blocks must be a whole number of at least 0: {self}")
-        if not isinstance(self.stem_stride, int) or self.stem_stride not in (1, 2):
+        if type(self.stem_stride) is not int or self.stem_stride not in (1, 2):
             raise CardError(f"network: stem_stride must be 1 or 2, not {self.stem_stride}")
         if self.channels not in (1, 3):
             raise CardError(f"network: channels must be 1 (grey) or 3 (RGB), not {self.channels}")
@@ -103,7 +103,7 @@ class NetworkConfig:
     @property
     def strides(self) -> tuple[int, ...]:
         """Of the convolutions of `conv_channels`, one after the other."""
-        return self.stem_stride, *(2 for _ in self.conv_channels[1:])
+        return (self.stem_stride, *(2 for _ in self.conv_channels))[: len(self.conv_channels)]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

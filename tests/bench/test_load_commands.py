@@ -85,6 +85,14 @@ def test_many_callers_in_one_client(server, coalesced: bool) -> None:
     assert measured["failed"] == 0
 
 
+def test_three_workers_beside_one_and_two(monkeypatch, briefly) -> None:
+    monkeypatch.setattr(throughput, "WORKERS_CELLS", ((1, 64, 8, 8),))
+    results = throughput.run(throughput.Settings(seconds=0.1, repeats=1, only=("workers",), workers=(3,)))
+    assert list(results["cells"]) == ["one worker 64 x 8", "3 workers 64 x 12"]
+    for (measured,) in results["cells"].values():
+        assert measured["failed"] == 0 < measured["images_per_second"]
+
+
 def test_goals_of_throughput() -> None:
     def rates(rate: float, milliseconds: float = 1.0) -> dict:
         latency = dict.fromkeys(("p50", "p95", "p99", "mean"), milliseconds)
@@ -193,6 +201,8 @@ def test_resident_memory_counts_children(server) -> None:
         ("overload --images 0", "--images: must be a whole number of at least 1"),
         ("soak --minutes=-1", "--minutes: must be a number above 0, not '-1'"),
         ("throughput --only nothing", "no cell is called nothing"),
+        ("throughput --only encoder --workers 3", "which --only leaves out"),
+        ("throughput --workers 2", "must be a whole number of at least 3"),
         ("overload --server x:1 --serve=--threads", "give one of them"),
         ("soak --from README.md", "README.md holds no results of matvae-bench soak"),
     ],

@@ -138,6 +138,7 @@ def test_an_unknown_bundle_lists_the_packaged_ones() -> None:
         {"residual_blocks": -1},
         {"stem_stride": 3},
         {"stem_stride": 1.0},
+        {"stem_stride": True},
     ],
     ids=lambda change: next(iter(change)),
 )

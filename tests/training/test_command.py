@@ -19,6 +19,7 @@ from matvae_server.network import MatVae
 from matvae_training import arguments, cli, data, provenance
 from matvae_training.config import DataError
 from matvae_training.export import TOLERANCE, session
+from matvae_training.probes import classify
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +76,21 @@ def test_residual_blocks_and_a_stem_without_stride_are_served_alike_by_both_runt
     images = data.load("fashion-mnist", data_root).test.images.numpy()
     by_torch, by_onnx = (runtimes.choose(name, loaded, threads=1).encode(images) for name in ("torch", "onnxruntime"))
     assert np.abs(by_torch - by_onnx).max() <= TOLERANCE
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_trains_encodes_and_orders(data_root, tmp_path, compiled):
+    words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
+    words += ["--epochs", "1", "--batch-size", "64", "--objective", "mmd-vae-cosine", "--bfloat16"]
+    assert cli.main([*words, "--device", "cuda", *(["--compile"] if compiled else [])]) == 0
+    loaded = bundle.load(tmp_path / "bundle")
+    assert loaded.card.provenance["hardware"].startswith(torch.cuda.get_device_name())
+    images = data.load("fashion-mnist", data_root).test
+    codes = runtimes.choose("onnxruntime", loaded, threads=1).encode(images.images.numpy())
+    right = (classify(loaded.head("mlp", 128), torch.from_numpy(codes)) == images.labels).double().mean().item()
+    told = next(m.value for m in loaded.card.metrics if (m.name, m.dimensions, m.precision) == ("mlp", 128, "float32"))
+    assert right == pytest.approx(told, abs=0.01)  # of codes that the GPU made
 
 
 def test_neighbours_by_the_codes_of_another_bundle(fitted, data_root, tmp_path):

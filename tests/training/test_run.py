@@ -14,10 +14,11 @@ import torch
 
 from matvae_server import bundle
 from matvae_server.card import NetworkConfig
-from matvae_training import cli
+from matvae_server.network import MatVae
+from matvae_training import cli, device
 from matvae_training.checkpoint import Checkpoint
 from matvae_training.config import OBJECTIVES, FitConfig, FitError
-from matvae_training.fit import fit
+from matvae_training.fit import fit, nested
 from matvae_training.run import Run
 
 SMALL = NetworkConfig(
@@ -110,14 +111,36 @@ def test_a_run_is_not_overwritten_nor_continued_by_another(tmp_path):
         train(tmp_path, config=FitConfig(epochs=5, batch_size=8, prefix_weights=(1.0,) * 3), resume=True)
 
 
-def test_a_run_goes_on_elsewhere_and_says_where_it_began(tmp_path):
+def test_a_run_goes_on_elsewhere_and_keeps_its_legs(tmp_path):
     there = {"config": '{"device": "cuda", "compile": true, "seed": 0}', "hardware": "a GPU", "command": "fit"}
     here = {"config": '{"device": "cpu", "compile": false, "seed": 0}', "hardware": "a CPU", "command": "fit --resume"}
-    assert Run(tmp_path, there, resume=False).began == {}
-    assert Run(tmp_path, there | {"command": "fit --resume"}, resume=True).began == {}
-    assert Run(tmp_path, here, resume=True).began == there
-    with pytest.raises(FitError, match="is of another run: its config is"):
+    again = there | {"command": "fit --resume"}
+    assert Run(tmp_path, there, resume=False).legs == [there]
+    assert Run(tmp_path, again, resume=True).legs == [there]
+    assert Run(tmp_path, here, resume=True).legs == [there, here]
+    assert Run(tmp_path, here, resume=True).legs == [there, here]
+    assert Run(tmp_path, again, resume=True).legs == [there, here, again]
+    with pytest.raises(FitError, match=r"is of another run: its config is \{\"seed\": 0\}, not \{\"seed\": 1\}"):
         Run(tmp_path, here | {"config": '{"device": "cpu", "compile": false, "seed": 1}'}, resume=True)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_checkpoint_of_a_gpu_is_read_on_a_cpu_and_the_other_way_round(tmp_path, monkeypatch, kind):
+    """There is no GPU where this runs: what would be asked of it is kept."""
+    train(tmp_path)
+    path, asked = tmp_path / "checkpoint.pt", []
+    state = torch.load(path, weights_only=True)
+    if kind == "cpu":
+        state["random"]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(state, path)
+    monkeypatch.setattr(device, "of", lambda _: torch.device(kind))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *arguments: asked.append(arguments))
+    model = MatVae(SMALL)
+    objective = nested(CONFIG, SMALL, 4).learned()
+    optimiser = torch.optim.AdamW([*model.parameters(), *objective.parameters()])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=STEPS)
+    assert Checkpoint(path).load(model, objective, optimiser, schedule) == STEPS
+    assert not asked
 
 
 @pytest.mark.parametrize(

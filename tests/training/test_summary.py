@@ -76,6 +76,16 @@ def test_another_network_is_another_recipe(packaged):
     assert row(page, f"{NESTED}, conv channels [64, 128], residual blocks 1", "0", "10,000 test", "MLP head")
 
 
+def test_a_run_of_two_legs_is_another_recipe(packaged):
+    config = json.loads(packaged.provenance["config"])
+    legs = [{"config": json.dumps(config | {"device": device, "compile": False})} for device in ("cuda", "cpu")]
+    known = {**packaged.provenance, "legs": json.dumps(legs)}
+    other = summary.Run.of(dataclasses.replace(packaged, provenance=known, fingerprint="1" * 64))
+    assert other.recipe["device"] == "cuda then cpu"
+    page = summary.render([summary.Run.of(packaged), other])
+    assert row(page, f"{NESTED}, device cuda then cpu", "0", "10,000 test", "MLP head")
+
+
 def test_a_prefix_is_compared_with_a_model_of_that_size(packaged):
     nested = [variant(packaged, seed=seed, add=seed / 100, fingerprint=str(seed)) for seed in (0, 1)]
     single = [variant(packaged, prefixes=(m,), add=0.01, fingerprint=name) for m, name in ((8, "a"), (32, "b"))]

@@ -303,7 +303,7 @@ def _add_network(fit: argparse.ArgumentParser) -> None:
         type=int,
         choices=(1, 2),
         default=default.stem_stride,
-        help="stride of the first of those: 1 computes in the images' own resolution, at four times the cost "
+        help="stride of the first of those: 1 computes in the images' own resolution, at about four times the cost "
         "(%(default)s)",
     )
     fit.add_argument(

@@ -81,7 +81,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Go back to that state. Raises KeyError: it is of another kind of device."""
+    """Go back to that state, or to as much of it as there is: one of a CPU says nothing of a GPU."""
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -124,8 +124,8 @@ def fit_bundle(
     if run is not None:
         shaped = {"network": json.dumps(network.fields(), sort_keys=True)}
         kept = Run(run, {**repeat, **shaped}, resume=resume, tensorboard=tensorboard)
-        if kept.began:
-            repeat["began"] = json.dumps(kept.began)
+        if len(kept.legs) > 1:
+            repeat["legs"] = json.dumps(kept.legs)
 
     found = f", the {config.objective.neighbours} nearest of each first" if config.objective.neighbours else ""
     say(f"fit: {len(data.train)} images, {config.epochs} epochs{found}")

@@ -25,12 +25,13 @@ MAY_DIFFER = ("device", "compile")
 """What of `config` may: where it is computed. What is trained elsewhere can be evaluated here, or go on here."""
 
 CIRCUMSTANCES = ("config", "hardware", "versions", "commit", "command")
+"""What a leg of a run is known by: a new one begins where any of these but the command differs."""
 
 
 class Run:
     """The directory `path`, made if need be. Raises FitError where it holds another run, or one and not `resume`.
 
-    `began` are those of CIRCUMSTANCES under which it began, where it goes on under others.
+    `legs` are the CIRCUMSTANCES under which it began and, one after the other, went on.
     """
 
     def __init__(self, path: Path, description: Mapping[str, str], *, resume: bool, tensorboard: bool = False) -> None:
@@ -38,18 +39,22 @@ class Run:
         self._board = Board(path / "tensorboard") if tensorboard else None
         self.checkpoint = Checkpoint(path / "checkpoint.pt")
         self._trimmed = False
-        self.began: dict[str, str] = {}
         path.mkdir(parents=True, exist_ok=True)
         file = path / "run.json"
+        here = {name: description[name] for name in CIRCUMSTANCES if name in description}
+        self.legs: list[dict[str, str]] = [here]
+        whole: dict[str, Any] = {"format": FORMAT, **description}
         if file.exists():
             if not resume:
                 raise FitError(f"{path} holds a run already: go on with it by --resume, or take another directory")
-            before = _same(file, description)
-            differs = [name for name in CIRCUMSTANCES if before.get(name) != description.get(name)]
-            if differs != ["command"]:  # which says --resume now
-                self.began = {name: before[name] for name in differs}
-        else:
-            file.write_text(json.dumps({"format": FORMAT, **description}, indent=1) + "\n", encoding="utf-8")
+            whole = _same(file, description)
+            self.legs = whole.get("legs") or [{name: whole[name] for name in CIRCUMSTANCES if name in whole}]
+            if {**self.legs[-1], "command": ""} != {**here, "command": ""}:
+                self.legs.append(here)
+        partial = file.with_name(file.name + ".partial")
+        legs = {"legs": self.legs} if len(self.legs) > 1 else {}
+        partial.write_text(json.dumps({**whole, **legs}, indent=1) + "\n", encoding="utf-8")
+        partial.replace(file)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Add a line of metrics; the first one drops those of steps that the checkpoint had not seen."""
@@ -80,17 +85,18 @@ def _same(file: Path, description: Mapping[str, str]) -> dict[str, Any]:
         before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         known = int(before["format"])
         if known <= FORMAT:
-            compared = ({**one, "config": _config(one["config"])} for one in (before, description))
-            ours, wanted = compared
-    except (ValueError, KeyError, TypeError):
+            ours, wanted = ({**one, "config": _config(one["config"])} for one in (before, description))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise FitError(f"{file} is not what a run writes: take another directory") from None
     if known > FORMAT:
         raise FitError(f"{file} is of format {known}, this version reads {FORMAT}: use a newer matvae")
     for name in SAME:
         if ours.get(name) != wanted.get(name):
-            raise FitError(f"{file} is of another run: its {name} is {before.get(name)}, not {description.get(name)}")
+            raise FitError(f"{file} is of another run: its {name} is {ours.get(name)}, not {wanted.get(name)}")
     return before
 
 
-def _config(text: str) -> dict[str, Any]:
-    return {name: value for name, value in json.loads(text).items() if name not in MAY_DIFFER}
+def _config(text: str) -> str:
+    """The same without what may differ."""
+    kept = {name: value for name, value in json.loads(text).items() if name not in MAY_DIFFER}
+    return json.dumps(kept, sort_keys=True)

@@ -59,6 +59,9 @@ class Run:
         config = json.loads(card.provenance.get("config", "{}"))
         config |= config.pop("objective", {})
         config = _complete(config)
+        if legs := [json.loads(leg["config"]) for leg in json.loads(card.provenance.get("legs", "[]"))]:
+            config["device"] = " then ".join(leg["device"] for leg in legs)
+            config["compile"] = any(leg["compile"] for leg in legs)
         seed = config.pop("seed", 0)
         if config.get("prefix_weights") == list(default_prefix_weights(card.network.prefixes)):
             config["prefix_weights"] = "default"  # which differ from size to size
@@ -75,7 +78,7 @@ class Run:
             "commit",
             "command",
             "ordered_by",
-            "began",
+            "legs",
             "neighbours_of",
         )
         return cls(
