@@ -16,7 +16,7 @@ from matvae_training.fit import fit
 from matvae_training.neighbours import leading_components, nearest_images, partners_of
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Batch
-from matvae_training.objectives.consistency import Contrast, CosineContrast, alignment
+from matvae_training.objectives.consistency import Contrast, CosineContrast, UpTo, alignment
 from matvae_training.recipe import describe
 from matvae_training.stopping import Stopping
 
@@ -113,6 +113,43 @@ def test_contrast_of_cosines_is_cross_entropy_of_angles_at_a_temperature():
         torch.testing.assert_close(CosineContrast(scale=5.0)(pair(mean, other))[index], expected)
     stretched = pair(3 * mean, 0.1 * other)
     torch.testing.assert_close(CosineContrast(scale=5.0)(stretched), CosineContrast(scale=5.0)(pair(mean, other)))
+
+
+@pytest.mark.parametrize(("most", "kept"), [(2, 1), (5, 2), (8, 3), (100, 3)])
+@pytest.mark.parametrize("term", [alignment, Contrast(), CosineContrast(scale=5.0)], ids=["align", "cauchy", "cosine"])
+def test_longer_prefixes_are_left_out(term, most, kept):
+    batch = pair(torch.randn(6, 8), torch.randn(6, 8))
+    torch.testing.assert_close(UpTo(term, most)(batch)[:kept], term(batch)[:kept])
+    assert (UpTo(term, most)(batch)[kept:] == 0).all()
+    drawn = dataclasses.replace(batch, prefixes=(8,))
+    assert UpTo(term, most)(drawn).shape == (1,)
+
+
+def test_consistency_up_to_a_prefix_is_asked_for_and_told():
+    words = ["fit", "--dataset", "mnist", "--data-root", "x", "--out", "x", "--objective", "mmd-vae-neighbours"]
+    asked = objective(parser().parse_args([*words, "--consistency-up-to", "4"]))
+    assert asked.consistency_up_to == 4
+    assert "contrast of neighbours up to 4 dimensions of mnist" in describe("mnist", SMALL, asked)
+    built = build(asked, SMALL, 0).terms["consistency"][1]
+    assert built == UpTo(Contrast(scale=3.0), 4)
+    with pytest.raises(FitError, match="no prefix has at most 1 dimensions: the shortest has 2"):
+        build(dataclasses.replace(asked, consistency_up_to=1), SMALL, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"consistency_up_to": -1}, "must be at least 0"),
+        ({"consistency_up_to": 8}, "needs a term that compares images"),
+        (
+            {"consistency_up_to": 8, "consistency": "cosine", "augmentation": "photos", "reconstruction": "none"},
+            "need a reconstruction or heads",
+        ),
+    ],
+)
+def test_consistency_up_to_that_makes_no_sense_is_refused(changes, message):
+    with pytest.raises(FitError, match=message):
+        ObjectiveConfig(**changes)
 
 
 @pytest.mark.parametrize("name", ["mmd-vae-aligned", "mmd-vae-contrast", "mmd-vae-cosine"])

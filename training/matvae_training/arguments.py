@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
 def objective(options: argparse.Namespace) -> ObjectiveConfig:
     """The named objective, with what options change of it. Raises FitError."""
     named = OBJECTIVES[options.objective]
-    parts = (*_PARTS, "biased", "neighbours")
+    parts = (*_PARTS, "biased", "neighbours", "consistency_up_to")
     changes: dict[str, Any] = {name: getattr(options, name) for name in parts if getattr(options, name) is not None}
     consistent = changes.get("consistency", named.consistency) != "none"
     if named.neighbours and changes.get("neighbours") == 0 and "augmentation" not in changes:
@@ -264,6 +264,12 @@ def _add_objective(fit: argparse.ArgumentParser) -> None:
         metavar="K",
         help="compare each image with one of its K nearest, not with another view of it; by pixels, or "
         "--neighbours-of. Beside --augmentation: views of the two",
+    )
+    fit.add_argument(
+        "--consistency-up-to",
+        type=whole(0),
+        metavar="M",
+        help="only prefixes of at most M dimensions are compared (0: all)",
     )
     fit.add_argument("--biased", action="store_true", default=None, help="take the biased estimate of the MMD")
     fit.add_argument(

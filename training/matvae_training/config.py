@@ -59,9 +59,10 @@ class ObjectiveConfig:
     reconstruction + divergence_weight * divergence + kl_weight * KL + mutual + heads_weight * heads
     + consistency_weight * consistency of two views by `augmentation`, or of an image and one of its `neighbours`
     nearest, by `pixels` or by the `codes` of another model, or of views of these two; the first four are per pixel.
-    `consistency_scale` is that of a contrast. `variance` is that of squared-error, `kernel` and `biased` are the MMD's,
-    `capacity` (nats) is the capacity divergence's, `diversity` and `smoothness` are the mutual divergence's. `sampled`
-    says whether codes are drawn from the posterior while training, or are its means.
+    `consistency_scale` is that of a contrast; prefixes longer than `consistency_up_to` are left out of it, unless that
+    is 0. `variance` is that of squared-error, `kernel` and `biased` are the MMD's, `capacity` (nats) is the capacity
+    divergence's, `diversity` and `smoothness` are the mutual divergence's. `sampled` says whether codes are drawn from
+    the posterior while training, or are its means.
     """
 
     reconstruction: str = "gaussian"
@@ -80,6 +81,7 @@ class ObjectiveConfig:
     consistency: str = "none"
     consistency_weight: float = 1.0
     consistency_scale: float = 1.0
+    consistency_up_to: int = 0
     augmentation: str = "none"
     neighbours: int = 0
     neighbours_by: str = "pixels"
@@ -105,6 +107,12 @@ class ObjectiveConfig:
             _check_number(name, getattr(self, name), positive=True)
         if self.reconstruction == self.heads == "none" and self.consistency not in ("contrast", "cosine"):
             raise FitError("an objective needs a reconstruction, heads or a contrast: codes must tell images apart")
+        if self.consistency_up_to < 0:
+            raise FitError(f"consistency_up_to must be at least 0, not {self.consistency_up_to}")
+        if self.consistency_up_to and self.consistency == "none":
+            raise FitError("consistency_up_to needs a term that compares images")
+        if self.consistency_up_to and self.reconstruction == self.heads == "none":
+            raise FitError("longer prefixes than consistency_up_to need a reconstruction or heads")
         if not 0 <= self.neighbours <= _MOST_NEIGHBOURS:
             raise FitError(f"neighbours must be 0 to {_MOST_NEIGHBOURS:,}, not {self.neighbours}")
         if self.neighbours and self.consistency == "none":

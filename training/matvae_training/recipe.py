@@ -30,6 +30,7 @@ def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -
         consistency="none",
         consistency_weight=default.consistency_weight,
         consistency_scale=default.consistency_scale,
+        consistency_up_to=default.consistency_up_to,
         augmentation="none",
         neighbours=0,
         neighbours_by=default.neighbours_by,
@@ -39,6 +40,7 @@ def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -
     if objective.consistency != "none":
         term = {"cosine": "contrast of cosines"}.get(objective.consistency, objective.consistency)
         title += f" with {term} of {'neighbours' if objective.neighbours else 'two views'}"
+        title += f" up to {objective.consistency_up_to} dimensions" if objective.consistency_up_to else ""
     nested = "Matryoshka" if len(network.prefixes) > 1 else "Single-size"
     return f"{nested} {title} of {dataset}: {seen(objective)}."
 

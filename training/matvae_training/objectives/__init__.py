@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from matvae_server.card import NetworkConfig
 from matvae_training.augment import AUGMENTATIONS
-from matvae_training.config import ObjectiveConfig
+from matvae_training.config import FitError, ObjectiveConfig
 from matvae_training.objectives.bernoulli import bernoulli
 from matvae_training.objectives.composition import Objective, Term
-from matvae_training.objectives.consistency import Contrast, CosineContrast, alignment
+from matvae_training.objectives.consistency import Contrast, CosineContrast, UpTo, alignment
 from matvae_training.objectives.gaussian import gaussian
 from matvae_training.objectives.heads import Heads
 from matvae_training.objectives.kernels import KERNELS
@@ -59,7 +59,12 @@ def build(config: ObjectiveConfig, network: NetworkConfig, classes: int, *, bflo
     if config.heads != "none":
         terms["heads"] = (config.heads_weight, Heads(network.prefixes, classes, tied=config.heads == "tied"))
     if config.consistency != "none":
-        terms["consistency"] = (config.consistency_weight, consistencies[config.consistency])
+        consistency = consistencies[config.consistency]
+        if most := config.consistency_up_to:
+            if most < network.prefixes[0]:
+                raise FitError(f"no prefix has at most {most} dimensions: the shortest has {network.prefixes[0]}")
+            consistency = UpTo(consistency, most)
+        terms["consistency"] = (config.consistency_weight, consistency)
     return Objective(
         terms=terms,
         sampled=config.sampled,

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from matvae_training.distances import prefix_distances
-from matvae_training.objectives.composition import Batch
+from matvae_training.objectives.composition import Batch, Term
 
 
 def alignment(batch: Batch) -> Tensor:
@@ -60,6 +60,23 @@ class CosineContrast:
             one, other = normalize(batch.mean[:, :m]), normalize(batch.other[:, :m])
             terms.append(_info_nce(self.scale * one @ other.T))
         return torch.stack(terms)
+
+
+@dataclasses.dataclass(frozen=True)
+class UpTo:
+    """A term of the prefixes of at most so many dimensions alone, 0 for those that are longer.
+
+    Short prefixes have no room for all that the long ones know, and are the better for being told what matters; the
+    long ones, where they are free of it, keep what it would cost them.
+    """
+
+    term: Term
+    dimensions: int
+
+    def __call__(self, batch: Batch) -> Tensor:  # noqa: D102
+        short = tuple(m for m in batch.prefixes if m <= self.dimensions)
+        rest = batch.mean.new_zeros(len(batch.prefixes) - len(short))
+        return torch.cat([self.term(dataclasses.replace(batch, prefixes=short)), rest]) if short else rest
 
 
 def _info_nce(similarities: Tensor) -> Tensor:
