@@ -18,13 +18,18 @@ PREFIXES = (2, 4, 8, 16, 32, 64, 128)
 PLAIN = {"consistency": "none", "heads": "none", "prefix_weights": "default"}
 UNORDERED = PLAIN | {"ordered": "false"}
 ORDERED = PLAIN | {"ordered": "true"}
-CLOSE = {"neighbours": 15, "augmentation": "none"}
+CLOSE = {"neighbours": 15, "augmentation": "none", "consistency_up_to": 0}
 VIEWS = {"neighbours": 15, "prefix_weights": "default"}
 
 NESTED: dict[tuple[str, str, str], Mapping[str, Any]] = {
     ("EXPERIMENTS.md", "fashion-mnist", "plain"): ORDERED,
     ("EXPERIMENTS.md", "fashion-mnist", "weight 0.1: the packaged bundle"): CLOSE
     | {"consistency_weight": 0.1, "prefix_weights": "default"},
+    **{
+        ("EXPERIMENTS.md", "fashion-mnist", f"weight 0.1, up to {most} dimensions alone"): CLOSE
+        | {"consistency_up_to": most}
+        for most in (8, 16)
+    },
     ("EXPERIMENTS.md", "fashion-mnist", "weight 0.2"): CLOSE | {"consistency_weight": 0.2},
     ("EXPERIMENTS.md", "fashion-mnist", "weight 0.1, `--prefix-weights 1,1,3,3,2,1,2`"): CLOSE
     | {"prefix_weights": [1.0, 1.0, 3.0, 3.0, 2.0, 1.0, 2.0]},
@@ -42,6 +47,11 @@ NESTED: dict[tuple[str, str, str], Mapping[str, Any]] = {
     ("README.md", "mnist", "two views"): {"neighbours": 0, "augmentation": "digits", "consistency_scale": 10.0},
     ("README.md", "fashion-mnist", "the packaged bundle"): CLOSE
     | {"consistency_weight": 0.1, "prefix_weights": "default"},
+    (
+        "README.md",
+        "fashion-mnist",
+        "the same, neighbours up to 16 dimensions alone (`--consistency-up-to 16`)",
+    ): CLOSE | {"consistency_up_to": 16},
     ("README.md", "fashion-mnist", "its first pass: plain"): ORDERED,
     ("README.md", "fashion-mnist", "neighbours and views (`--augmentation garments`)"): VIEWS
     | {"augmentation": "garments"},
