@@ -8,12 +8,13 @@ import torch
 from matvae_server.card import NetworkConfig
 from matvae_server.network import MatVae
 from matvae_training import config as known
-from matvae_training.arguments import objective, parser
+from matvae_training.arguments import parser
 from matvae_training.augment import AUGMENTATIONS, Augmentation
 from matvae_training.config import OBJECTIVES, FitConfig, FitError, ObjectiveConfig
 from matvae_training.data import Split
 from matvae_training.fit import fit
 from matvae_training.neighbours import leading_components, nearest_images, partners_of
+from matvae_training.objective_arguments import objective
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Batch
 from matvae_training.objectives.consistency import Contrast, CosineContrast, UpTo, alignment

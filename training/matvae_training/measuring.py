@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from matvae_server import bundle
-from matvae_training import arguments, crossvalidation, data, provenance, speed
+from matvae_training import arguments, crossvalidation, data, objective_arguments, provenance, speed
 from matvae_training.config import FitConfig, default_prefix_weights
 from matvae_training.console import say
 
@@ -54,7 +54,7 @@ def _speed(options: argparse.Namespace, command: str) -> None:
     network = dataclasses.replace(arguments.network(options), height=height, width=width, channels=channels)
     config = FitConfig(
         batch_size=options.batch_size,
-        objective=arguments.objective(options),
+        objective=objective_arguments.objective(options),
         prefix_weights=options.prefix_weights or default_prefix_weights(options.prefixes),
         device=options.device,
     )

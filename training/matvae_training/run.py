@@ -85,7 +85,7 @@ def _same(file: Path, description: Mapping[str, str]) -> dict[str, Any]:
         before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         known = int(before["format"])
         if known <= FORMAT:
-            ours, wanted = ({**one, "config": _config(one["config"])} for one in (before, description))
+            ours, wanted = ({**one, "config": _config(one.get("config", "{}"))} for one in (before, description))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise FitError(f"{file} is not what a run writes: take another directory") from None
     if known > FORMAT:

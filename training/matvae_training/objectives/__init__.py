@@ -7,7 +7,7 @@
 
 An experiment needs none of these files: `fit.train` takes terms of one's own. To add one for good: a file with a
 `Term`; in `config`, a field of `ObjectiveConfig` or one more of a tuple of choices (`DIVERGENCES`, ...); a line in
-`build`; and for a new field an entry of `arguments._PARTS`, which makes an option of it.
+`build`; and for a new field an entry of `objective_arguments._PARTS`, which makes an option of it.
 """
 
 from __future__ import annotations
