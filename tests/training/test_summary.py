@@ -84,6 +84,9 @@ def test_a_run_of_two_legs_is_another_recipe(packaged):
     assert other.recipe["device"] == "cuda then cpu"
     page = summary.render([summary.Run.of(packaged), other])
     assert row(page, f"{NESTED}, device cuda then cpu", "0", "10,000 test", "MLP head")
+    at_two_commits = {**packaged.provenance, "legs": json.dumps(legs[1:] * 2)}
+    same = dataclasses.replace(packaged, provenance=at_two_commits, fingerprint="2" * 64)
+    assert summary.Run.of(same).recipe == summary.Run.of(packaged).recipe
 
 
 def test_a_prefix_is_compared_with_a_model_of_that_size(packaged):

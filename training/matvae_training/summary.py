@@ -60,7 +60,7 @@ class Run:
         config |= config.pop("objective", {})
         config = _complete(config)
         if legs := [json.loads(leg["config"]) for leg in json.loads(card.provenance.get("legs", "[]"))]:
-            config["device"] = " then ".join(leg["device"] for leg in legs)
+            config["device"] = " then ".join(dict.fromkeys(leg["device"] for leg in legs))
             config["compile"] = any(leg["compile"] for leg in legs)
         seed = config.pop("seed", 0)
         if config.get("prefix_weights") == list(default_prefix_weights(card.network.prefixes)):
