@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from matvae_server import bundle
-from matvae_training import arguments, crossvalidation, data, objective_arguments, provenance, speed
+from matvae_training import arguments, crossvalidation, data, device, objective_arguments, provenance, speed
 from matvae_training.config import FitConfig, default_prefix_weights
 from matvae_training.console import say
 
@@ -63,7 +63,11 @@ def _speed(options: argparse.Namespace, command: str) -> None:
         used.train, network, config, only=only, seconds=options.seconds, rounds=options.rounds, say=say
     )
     print(speed.table(measured))
-    _write(options, {"dataset": options.dataset, "device": _device(options.device), **measured}, command)
+    _write(
+        options,
+        {"dataset": options.dataset, "device": device.name(options.device) or options.device, **measured},
+        command,
+    )
 
 
 def _pack(options: argparse.Namespace, command: str) -> None:
@@ -72,10 +76,6 @@ def _pack(options: argparse.Namespace, command: str) -> None:
     used = data.load(options.dataset, options.data_root, options.image_shape)
     data.pack(used, options.out)
     say(f"{options.out}: {len(used.train)} and {len(used.test)} images, {options.out.stat().st_size / 1e6:.1f} MB")
-
-
-def _device(name: str) -> str:
-    return torch.cuda.get_device_name() if name == "cuda" else name
 
 
 def _write(options: argparse.Namespace, values: Mapping[str, Any], command: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matvae_training import device
 from matvae_training.config import FitError
 from matvae_training.data import Split
 from matvae_training.neighbours import partners_of
@@ -73,19 +74,19 @@ def validation_loss(
     An objective of neighbours needs the `nearest` of each image, int64 (n, k), among those images themselves.
     Leaves the random numbers of training as they were.
     """
-    device = next(model.parameters()).device
+    where = device.of(model)
     uses_labels = "heads" in objective.objective.terms
     size = min(batch_size, len(validation))
     losses = []
     model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(_SEED)
         # A last, smaller batch would be told apart more easily by a contrast: left out, as in training.
         for start in range(0, len(validation) - size + 1, size):
             rows = torch.arange(start, start + size)
-            images = validation.images[rows].to(device)
-            labels = validation.labels[rows].to(device) if uses_labels else None
-            partners = None if nearest is None else partners_of(validation.images, nearest, rows).to(device)
+            images = validation.images[rows].to(where)
+            labels = validation.labels[rows].to(where) if uses_labels else None
+            partners = None if nearest is None else partners_of(validation.images, nearest, rows).to(where)
             losses.append(objective(model, images, labels, 1.0, partners=partners).loss.item())
     model.train()
     return math.fsum(losses) / len(losses)
