@@ -92,6 +92,16 @@ def test_a_gpu_trains_encodes_and_orders(data_root, tmp_path, compiled):
     told = next(m.value for m in loaded.card.metrics if (m.name, m.dimensions, m.precision) == ("mlp", 128, "float32"))
     assert right == pytest.approx(told, abs=0.01)  # of codes that the GPU made
 
+    words = ["evaluate", str(tmp_path / "bundle"), "--data-root", str(data_root), "--device", "cuda"]
+    assert cli.main([*words, "--out", str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert scores["mlp"]["128"]["mean"] == pytest.approx(told, abs=0.05)  # of heads that the GPU trained anew
+
+    words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "second")]
+    words += ["--epochs", "1", "--batch-size", "64", "--objective", "mmd-vae-neighbours", "--augmentation", "photos"]
+    words += ["--neighbours-of", str(tmp_path / "bundle"), "--device", "cuda"]
+    assert cli.main([*words, *(["--compile"] if compiled else [])]) == 0
+
 
 def test_neighbours_by_the_codes_of_another_bundle(fitted, data_root, tmp_path):
     first, out = fitted[0] / "bundle", tmp_path / "bundle"

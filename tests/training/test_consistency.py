@@ -17,7 +17,7 @@ from matvae_training.neighbours import leading_components, nearest_images, partn
 from matvae_training.objective_arguments import objective
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Batch
-from matvae_training.objectives.consistency import Contrast, CosineContrast, UpTo, alignment
+from matvae_training.objectives.consistency import Both, Contrast, CosineContrast, UpTo, alignment
 from matvae_training.recipe import describe
 from matvae_training.stopping import Stopping
 
@@ -116,8 +116,21 @@ def test_contrast_of_cosines_is_cross_entropy_of_angles_at_a_temperature():
     torch.testing.assert_close(CosineContrast(scale=5.0)(stretched), CosineContrast(scale=5.0)(pair(mean, other)))
 
 
+def test_few_dimensions_are_compared_by_distance_and_many_by_angle():
+    batch, both = pair(torch.randn(6, 8), torch.randn(6, 8)), Both(scale=5.0)
+    torch.testing.assert_close(both(batch)[:2], Contrast(scale=3.0)(batch)[:2])
+    torch.testing.assert_close(both(batch)[2:], CosineContrast(scale=5.0)(batch)[2:])
+    for drawn in ((2, 8), (8,), (2, 4)):  # as those of a step may be
+        some = dataclasses.replace(batch, prefixes=drawn)
+        torch.testing.assert_close(both(some), both(batch)[[PREFIXES.index(m) for m in drawn]])
+
+
 @pytest.mark.parametrize(("most", "kept"), [(2, 1), (5, 2), (8, 3), (100, 3)])
-@pytest.mark.parametrize("term", [alignment, Contrast(), CosineContrast(scale=5.0)], ids=["align", "cauchy", "cosine"])
+@pytest.mark.parametrize(
+    "term",
+    [alignment, Contrast(), CosineContrast(scale=5.0), Both(scale=5.0)],
+    ids=["align", "cauchy", "cosine", "both"],
+)
 def test_longer_prefixes_are_left_out(term, most, kept):
     batch = pair(torch.randn(6, 8), torch.randn(6, 8))
     torch.testing.assert_close(UpTo(term, most)(batch)[:kept], term(batch)[:kept])
@@ -153,7 +166,7 @@ def test_consistency_up_to_that_makes_no_sense_is_refused(changes, message):
         ObjectiveConfig(**changes)
 
 
-@pytest.mark.parametrize("name", ["mmd-vae-aligned", "mmd-vae-contrast", "mmd-vae-cosine"])
+@pytest.mark.parametrize("name", ["mmd-vae-aligned", "mmd-vae-contrast", "mmd-vae-cosine", "mmd-vae-contrast-cosine"])
 def test_two_views_of_the_same_images_are_compared(images, name):
     seen = []
     still = dataclasses.replace(
@@ -321,12 +334,15 @@ def test_the_tier_stands_on_the_card():
     assert describe("mnist", network, OBJECTIVES["mmd-vae-cosine"]).startswith(
         "Matryoshka MMD-VAE with contrast of cosines of two views of mnist: "
     )
+    assert describe("mnist", network, OBJECTIVES["mmd-vae-contrast-cosine"]).startswith(
+        "Matryoshka MMD-VAE with contrast of distances and cosines of two views of mnist: "
+    )
     assert "views" not in describe("mnist", network, OBJECTIVES["mmd-vae"])
 
 
 def test_a_contrast_tells_images_apart_without_reconstruction_but_alignment_does_not():
     alone = {"reconstruction": "none", "augmentation": "digits"}
-    for consistency in ("contrast", "cosine"):
+    for consistency in ("contrast", "cosine", "contrast-cosine"):
         ObjectiveConfig(consistency=consistency, **alone)
     with pytest.raises(FitError, match="a reconstruction, heads or a contrast"):
         ObjectiveConfig(consistency="alignment", **alone)

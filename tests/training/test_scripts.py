@@ -12,6 +12,7 @@ import pytest
 from matvae_server import bundle
 from matvae_training import cli
 from matvae_training.arguments import parser
+from matvae_training.objective_arguments import objective
 
 BUNDLES = {
     "fashion-mnist": "server/matvae_server/bundles/fashion-mnist",
@@ -53,30 +54,43 @@ def test_the_script_is_the_command_on_the_card(repository, name):
     assert shaping(on_card) == shaping(options)
 
 
-def test_the_gpu_script_on_a_cpu(repository, data_root, tmp_path):
-    """Its commands are noted, and then run one after the other in this process, which has torch loaded."""
-    tool, out, noted = tmp_path / "bin" / "matvae-train", tmp_path / "out", tmp_path / "commands"
+def gpu_script(repository, tmp_path, *words, **environment):
+    """Its commands, which are noted, not run, and what it said."""
+    tool, noted = tmp_path / "bin" / "matvae-train", tmp_path / "commands"
     tool.parent.mkdir()
     note = "import json, sys; print(json.dumps(sys.argv[1:]))"
     tool.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "{note}" "$@" >>{shlex.quote(str(noted))}\n')
     tool.chmod(0o755)
-    # Two prefixes and narrow layers: all parts, in seconds.
-    words = ["--epochs", "1", "--prefixes", "2,4", "--conv-channels", "4,4", "--decoder-hidden", "8", "--threads", "1"]
     run = subprocess.run(
-        [repository / "training" / "gpu.sh", data_root, out, *words],
-        env={
-            **os.environ,
-            "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}",
-            "DEVICE": "cpu",
-            "DATASETS": "fashion-mnist",
-        },
+        [repository / "training" / "gpu.sh", *words],
+        env={**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}", **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert re.search(r"^fashion-mnist: \d+ s$", run.stdout, re.MULTILINE)
-    commands = [json.loads(line) for line in noted.read_text().splitlines()]
+    return [json.loads(line) for line in noted.read_text().splitlines()], run.stdout
+
+
+def test_what_the_gpu_script_asks_for(repository, tmp_path):
+    commands, _ = gpu_script(repository, tmp_path, "data", tmp_path / "out", "--epochs", "3", DEVICE="cuda")
+    assert len(commands) == 3 * 2 + 2 * 2 + 1 + 2  # pack and evaluate; two passes of two; one; cards of two
+    for options in map(parser().parse_args, commands):
+        if options.command == "fit":
+            objective(options)
+            assert (options.device, options.compile, options.epochs) == ("cuda", True, 3)
+            assert options.residual_blocks == (2 if options.dataset == "cifar10" else 0)
+        if options.command == "evaluate":
+            assert options.device == "cuda"
+
+
+def test_the_gpu_script_on_a_cpu(repository, data_root, tmp_path):
+    """Its commands are run one after the other in this process, which has torch loaded."""
+    out = tmp_path / "out"
+    # Two prefixes and narrow layers: all parts, in seconds.
+    words = ["--epochs", "1", "--prefixes", "2,4", "--conv-channels", "4,4", "--decoder-hidden", "8", "--threads", "1"]
+    commands, said = gpu_script(repository, tmp_path, data_root, out, *words, DEVICE="cpu", DATASETS="fashion-mnist")
+    assert re.search(r"^fashion-mnist: \d+ s$", said, re.MULTILINE)
     assert [command[0] for command in commands] == ["pack", "fit", "fit", "evaluate"]
     for command in commands:
         assert cli.main(command) == 0

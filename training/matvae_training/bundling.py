@@ -17,7 +17,7 @@ from matvae_training.data import Split
 from matvae_training.evaluate import evaluate, fit_quantiser
 from matvae_training.export import INVARIANCE_BATCHES, Servable, batch_invariance, export, throughput
 from matvae_training.extras import kmeans_accuracy, reconstruction_mse, sampled_mlp_accuracy
-from matvae_training.probes import LOGISTIC, MLP, train_heads
+from matvae_training.probes import LOGISTIC, MLP, ProbeConfig, train_heads
 
 
 def write_bundle(
@@ -56,7 +56,7 @@ def write_bundle(
         heads = [
             head
             for probe in (LOGISTIC, MLP)
-            for head in train_heads(codes, train.labels, network.prefixes, len(classes), probe).values()
+            for head in _heads(model, codes, train.labels, len(classes), probe).values()
         ]
         queries = encode(model, held.images)
         say(f"evaluate: {len(held)} {split} images against {len(train)}")
@@ -125,8 +125,14 @@ def write_bundle(
 
 def sampled_accuracy(model: Servable, train: Split, held: Split, classes: int) -> dict[int, float]:
     """`extras.sampled_mlp_accuracy` by heads of this code as it is: ordering it keeps its means, not its posterior."""
-    heads = train_heads(encode(model, train.images), train.labels, model.config.prefixes, classes, MLP)
+    heads = _heads(model, encode(model, train.images), train.labels, classes, MLP)
     return sampled_mlp_accuracy(model.encoder, held.images, held.labels, heads.values())
+
+
+def _heads(model: Servable, codes: Tensor, labels: Tensor, classes: int, probe: ProbeConfig) -> dict[int, bundle.Head]:
+    """`train_heads`, where the model is."""
+    where = device.of(model.encoder)
+    return train_heads(codes.to(where), labels.to(where), model.config.prefixes, classes, probe)
 
 
 @torch.inference_mode()

@@ -40,7 +40,7 @@ DIVERGENCES = ("mmd", "kl", "capacity", "none")
 KERNELS = ("imq", "rbf", "rbf-tutorial-text", "rbf-tutorial-code", "rbf-dimensions")
 MUTUALS = ("official", "reproduced", "none")
 HEADS = ("untied", "tied", "none")
-CONSISTENCIES = ("alignment", "contrast", "cosine", "none")
+CONSISTENCIES = ("alignment", "contrast", "cosine", "contrast-cosine", "none")
 AUGMENTATIONS = ("digits", "garments", "photos", "none")
 NEIGHBOURS_BY = ("pixels", "codes")
 _MOST_NEIGHBOURS = 1000  # they are kept for every image
@@ -105,7 +105,7 @@ class ObjectiveConfig:
             _check_number(name, getattr(self, name))
         for name in ("variance", "diversity", "consistency_scale"):
             _check_number(name, getattr(self, name), positive=True)
-        if self.reconstruction == self.heads == "none" and self.consistency not in ("contrast", "cosine"):
+        if self.reconstruction == self.heads == "none" and self.consistency in ("alignment", "none"):
             raise FitError("an objective needs a reconstruction, heads or a contrast: codes must tell images apart")
         if self.consistency_up_to < 0:
             raise FitError(f"consistency_up_to must be at least 0, not {self.consistency_up_to}")
@@ -147,6 +147,9 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
     "mmd-vae-aligned": ObjectiveConfig(consistency="alignment", augmentation="photos"),
     "mmd-vae-contrast": ObjectiveConfig(consistency="contrast", augmentation="photos"),
     "mmd-vae-cosine": ObjectiveConfig(consistency="cosine", consistency_scale=5.0, augmentation="photos"),
+    "mmd-vae-contrast-cosine": ObjectiveConfig(
+        consistency="contrast-cosine", consistency_scale=5.0, augmentation="photos"
+    ),
     "mmd-vae-neighbours": ObjectiveConfig(
         consistency="contrast", consistency_weight=0.2, consistency_scale=3.0, neighbours=15
     ),

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from matvae_server.bundle import Bundle
+from matvae_training import device
 from matvae_training.config import DataError
 from matvae_training.data import Dataset
 from matvae_training.evaluate import nearest, recall, vote
@@ -68,11 +69,13 @@ def cross_validate(
     k: int | None = None,
     seeds: int = 1,
     probes: Sequence[ProbeConfig] = PROBES,
+    where: str = "cpu",
     say: Callable[[str], None] = lambda _: None,
 ) -> Values:
     """All scores of the bundle's codes of `data`, over k folds or (None) the standard split, for seeds 0, 1, ....
 
-    `data` are those that `data.of_card` finds. Raises DataError: there are more folds than images.
+    `data` are those that `data.of_card` finds. Heads are trained on the device `where`. Raises DataError: there are
+    more folds than images; FitError: there is no such device.
     """
     card = bundle.card
     images = torch.cat([data.train.images, data.test.images])
@@ -82,6 +85,7 @@ def cross_validate(
     coded = _Coded(
         codes=codes,
         labels=labels,
+        where=device.find(where),
         prefixes=card.network.prefixes,
         classes=len(card.classes),
         errors=None if bundle.decoder_onnx is None else _reconstruction_errors(bundle, codes, images),
@@ -103,10 +107,14 @@ def cross_validate(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Coded:
-    """All images as codes float32 (n, dimensions), labels (n,), and reconstruction errors (prefixes, n)."""
+    """All images as codes float32 (n, dimensions), labels (n,), and reconstruction errors (prefixes, n).
+
+    All are on the CPU; heads are trained on the device `where`.
+    """
 
     codes: Tensor
     labels: Tensor
+    where: torch.device
     prefixes: tuple[int, ...]
     classes: int
     errors: Tensor | None
@@ -119,8 +127,8 @@ _Scored = Iterator[tuple[str, int, float]]
 def _probed(coded: _Coded, splits: Sequence[Rows], probes: Sequence[ProbeConfig], seed: int) -> _Scored:
     for probe in probes:
         trained = train_folds(
-            coded.codes,
-            coded.labels,
+            coded.codes.to(coded.where),
+            coded.labels.to(coded.where),
             [rows.train for rows in splits],
             prefixes=coded.prefixes,
             classes=coded.classes,
@@ -160,7 +168,7 @@ def _clustered(coded: _Coded, rows: Rows, seed: int) -> _Scored:
 
 def _encode(bundle: Bundle, images: Tensor) -> Tensor:
     """uint8 images (n, height, width, channels) -> float32 codes (n, dimensions), by the bundle's ONNX encoder."""
-    runner = session(bundle.encoder_onnx)
+    runner = session(bundle.encoder_onnx, torch.get_num_threads())
     parts = [runner.run(None, {"images": batch.numpy()})[0] for batch in torch.split(images, _BATCH)]
     return torch.from_numpy(np.concatenate(parts))
 
@@ -168,7 +176,7 @@ def _encode(bundle: Bundle, images: Tensor) -> Tensor:
 def _reconstruction_errors(bundle: Bundle, codes: Tensor, images: Tensor) -> Tensor:
     """Mean squared error of each image, from each prefix, by the bundle's ONNX decoder: float64 (prefixes, n)."""
     assert bundle.decoder_onnx is not None
-    runner = session(bundle.decoder_onnx)
+    runner = session(bundle.decoder_onnx, torch.get_num_threads())
     errors = torch.empty(len(bundle.card.network.prefixes), len(codes), dtype=torch.float64)
     for start in range(0, len(codes), _BATCH):
         batch, pixels = codes[start : start + _BATCH].numpy(), images[start : start + _BATCH] / 255.0

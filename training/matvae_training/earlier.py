@@ -41,7 +41,7 @@ def points_of(
         raise FitError(f"{bundle.path} learned from labels: by its neighbours, so would an encoder that is to see none")
     if taught.get("augmentation", "none") not in ("none", objective.augmentation):
         raise FitError(f"{bundle.path} learned from augmented views that this objective does not see: take another")
-    return lambda images: encode(model, images.cpu()).to(images.device)
+    return lambda images: encode(model.to(images.device), images).to(images.device)
 
 
 def origin(bundle: Bundle) -> str:

@@ -111,10 +111,10 @@ def export(model: Servable, images: Tensor) -> Exported:
     return Exported(encoder=encoder_onnx, decoder=decoder_onnx)
 
 
-def session(onnx: bytes) -> Any:
-    """An onnxruntime session on one CPU thread."""
+def session(onnx: bytes, threads: int = 1) -> Any:
+    """An onnxruntime session on so many CPU threads."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
 
 

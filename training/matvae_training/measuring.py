@@ -30,7 +30,9 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
     loaded = bundle.load(bundle.find(options.bundle))
     card = loaded.card
     used = data.of_card(card, options.data_root, options.dataset)
-    values = crossvalidation.cross_validate(loaded, used, k=options.folds, seeds=options.seeds, say=say)
+    values = crossvalidation.cross_validate(
+        loaded, used, k=options.folds, seeds=options.seeds, where=options.device, say=say
+    )
     print(crossvalidation.table(values))
     _write(
         options,

@@ -70,7 +70,10 @@ class StackedProbe(nn.Module):
 def train_heads(
     codes: Tensor, labels: Tensor, prefixes: Sequence[int], classes: int, config: ProbeConfig
 ) -> dict[int, Head]:
-    """Train one head per prefix on float32 codes (n, dimensions) and labels int64 (n,). Returns them by prefix."""
+    """Train one head per prefix on float32 codes (n, dimensions) and labels int64 (n,). Returns them by prefix.
+
+    They are trained where the codes are, and are on the CPU in the end.
+    """
     (heads,) = train_folds(codes, labels, [torch.arange(len(codes))], prefixes=prefixes, classes=classes, config=config)
     return heads
 
@@ -86,17 +89,17 @@ def train_folds(
 ) -> list[dict[int, Head]]:
     """As `train_heads`, for several sets of rows at once, each int64 (n,), all of one length. Returns heads by fold."""
     torch.manual_seed(config.seed)
-    count = len(folds[0])
+    where, count = codes.device, len(folds[0])
     mean = torch.stack([codes[rows].mean(0) for rows in folds])
     # A dimension that never moves carries nothing: any positive scale does.
     scale = torch.stack([codes[rows].std(0, correction=0) for rows in folds])
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    probe = StackedProbe(prefixes, classes, config, len(folds)).train()
+    probe = StackedProbe(prefixes, classes, config, len(folds)).to(where).train()
     optimiser = torch.optim.AdamW(probe.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     steps = config.epochs * math.ceil(count / config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(config.epochs):
-        orders = torch.stack([rows[torch.randperm(count)] for rows in folds])
+        orders = torch.stack([rows[torch.randperm(count)] for rows in folds]).to(where)
         for batch in torch.split(orders, config.batch_size, dim=1):
             logits = probe((codes[batch] - mean[:, None]) / scale[:, None])
             targets = labels[batch][:, None].expand(-1, len(prefixes), -1).flatten()
@@ -106,6 +109,7 @@ def train_folds(
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
+    probe, mean, scale = probe.cpu(), mean.cpu(), scale.cpu()
     return [_heads(probe, fold, prefixes, mean[fold], scale[fold]) for fold in range(len(folds))]
 
 

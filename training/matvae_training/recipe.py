@@ -38,7 +38,8 @@ def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -
     name = next((name for name, value in OBJECTIVES.items() if value == plain), parts)
     title = {"mmd-vae": "MMD-VAE"}.get(name, f"code ({name})")
     if objective.consistency != "none":
-        term = {"cosine": "contrast of cosines"}.get(objective.consistency, objective.consistency)
+        named = {"cosine": "contrast of cosines", "contrast-cosine": "contrast of distances and cosines"}
+        term = named.get(objective.consistency, objective.consistency)
         title += f" with {term} of {'neighbours' if objective.neighbours else 'two views'}"
         title += f" up to {objective.consistency_up_to} dimensions" if objective.consistency_up_to else ""
     nested = "Matryoshka" if len(network.prefixes) > 1 else "Single-size"

@@ -10,6 +10,9 @@
     cosine      the same with the similarity exp(s cos(z(a), z(b))), that is at temperature 1 / s (Chen et al. 2020,
                 SimCLR, arXiv 2002.05709). In many dimensions all samples of the prior are as far from each other, where
                 the Cauchy similarity is flat and hardly pulls; angles it pulls at in any number of dimensions.
+    contrast-cosine
+                the contrast at scale 3 up to 4 dimensions, cosines beyond: in two dimensions all angles lie on one
+                circle, and the room inside it, which distances fill, would be lost.
 
 All compare posterior means. Views bring knowledge of what leaves a label alone, so models that learned from them are a
 tier of their own. Neighbours (`neighbours.py`) are in the images themselves.
@@ -25,6 +28,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from matvae_training.distances import prefix_distances
 from matvae_training.objectives.composition import Batch, Term
+
+_FEW, _SCALE_OF_FEW = 4, 3.0
 
 
 def alignment(batch: Batch) -> Tensor:
@@ -60,6 +65,25 @@ class CosineContrast:
             one, other = normalize(batch.mean[:, :m]), normalize(batch.other[:, :m])
             terms.append(_info_nce(self.scale * one @ other.T))
         return torch.stack(terms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """`Contrast` of short prefixes, `CosineContrast` of long ones, by prefix: (prefixes,)."""
+
+    scale: float
+    """Of the cosines."""
+
+    def __call__(self, batch: Batch) -> Tensor:  # noqa: D102
+        parts = [m for m in batch.prefixes if m <= _FEW], [m for m in batch.prefixes if m > _FEW]
+        terms: tuple[Term, ...] = Contrast(scale=_SCALE_OF_FEW), CosineContrast(scale=self.scale)
+        return torch.cat(
+            [
+                term(dataclasses.replace(batch, prefixes=tuple(some)))
+                for term, some in zip(terms, parts, strict=True)
+                if some
+            ]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
