@@ -10,7 +10,7 @@ set -euo pipefail
 data_root=$1 out=$2
 here=$(cd "$(dirname "$0")" && pwd)
 device=${DEVICE:-cuda}
-# Where training is on the GPU, every core is there for heads and neighbours.
+# Where training is on the GPU, every core is there for the rest.
 options=(--device "$device" --threads "$(nproc)")
 # CUDA graphs pay on a GPU, and are of every prefix, so all six beside the whole code are trained at each step; a CPU would
 # compile for longer than a trial of the script takes.
@@ -18,7 +18,7 @@ options=(--device "$device" --threads "$(nproc)")
 
 # An encoder in the images' own resolution, of a rate that its residual sums bear, under more of the prior's pull.
 photos=(--conv-channels 64,128,256,128 --residual-blocks 2 --stem-stride 1 --epochs 220
-  --learning-rate 2e-3 --weight-decay 0.05 --divergence-weight 1 --objective mmd-vae-contrast-cosine
+  --lr 2e-3 --weight-decay 0.05 --divergence-weight 2 --objective mmd-vae-contrast-cosine
   --prefix-weights .5,.4,.4,.5,.8,1.2,2)
 
 for dataset in ${DATASETS:-mnist fashion-mnist cifar10}; do

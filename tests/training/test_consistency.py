@@ -17,7 +17,7 @@ from matvae_training.neighbours import leading_components, nearest_images, partn
 from matvae_training.objective_arguments import objective
 from matvae_training.objectives import build
 from matvae_training.objectives.composition import Batch
-from matvae_training.objectives.consistency import Both, Contrast, CosineContrast, UpTo, alignment
+from matvae_training.objectives.consistency import Contrast, CosineContrast, Either, alignment, nothing
 from matvae_training.recipe import describe
 from matvae_training.stopping import Stopping
 
@@ -117,7 +117,8 @@ def test_contrast_of_cosines_is_cross_entropy_of_angles_at_a_temperature():
 
 
 def test_few_dimensions_are_compared_by_distance_and_many_by_angle():
-    batch, both = pair(torch.randn(6, 8), torch.randn(6, 8)), Both(scale=5.0)
+    batch = pair(torch.randn(6, 8), torch.randn(6, 8))
+    both = build(OBJECTIVES["mmd-vae-contrast-cosine"], SMALL, 0).terms["consistency"][1]
     torch.testing.assert_close(both(batch)[:2], Contrast(scale=3.0)(batch)[:2])
     torch.testing.assert_close(both(batch)[2:], CosineContrast(scale=5.0)(batch)[2:])
     for drawn in ((2, 8), (8,), (2, 4)):  # as those of a step may be
@@ -126,17 +127,13 @@ def test_few_dimensions_are_compared_by_distance_and_many_by_angle():
 
 
 @pytest.mark.parametrize(("most", "kept"), [(2, 1), (5, 2), (8, 3), (100, 3)])
-@pytest.mark.parametrize(
-    "term",
-    [alignment, Contrast(), CosineContrast(scale=5.0), Both(scale=5.0)],
-    ids=["align", "cauchy", "cosine", "both"],
-)
+@pytest.mark.parametrize("term", [alignment, Contrast(), CosineContrast(scale=5.0)], ids=["align", "cauchy", "cosine"])
 def test_longer_prefixes_are_left_out(term, most, kept):
     batch = pair(torch.randn(6, 8), torch.randn(6, 8))
-    torch.testing.assert_close(UpTo(term, most)(batch)[:kept], term(batch)[:kept])
-    assert (UpTo(term, most)(batch)[kept:] == 0).all()
+    torch.testing.assert_close(Either(term, nothing, most)(batch)[:kept], term(batch)[:kept])
+    assert (Either(term, nothing, most)(batch)[kept:] == 0).all()
     drawn = dataclasses.replace(batch, prefixes=(8,))
-    assert UpTo(term, most)(drawn).shape == (1,)
+    assert Either(term, nothing, most)(drawn).shape == (1,)
 
 
 def test_consistency_up_to_a_prefix_is_asked_for_and_told():
@@ -145,7 +142,7 @@ def test_consistency_up_to_a_prefix_is_asked_for_and_told():
     assert asked.consistency_up_to == 4
     assert "contrast of neighbours up to 4 dimensions of mnist" in describe("mnist", SMALL, asked)
     built = build(asked, SMALL, 0).terms["consistency"][1]
-    assert built == UpTo(Contrast(scale=3.0), 4)
+    assert built == Either(Contrast(scale=3.0), nothing, 4)
     with pytest.raises(FitError, match="no prefix has at most 1 dimensions: the shortest has 2"):
         build(dataclasses.replace(asked, consistency_up_to=1), SMALL, 0)
 

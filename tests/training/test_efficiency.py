@@ -144,7 +144,7 @@ def captured(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", ["mmd-vae", "capacity-vae", "mmd-vae-neighbours"])
+@pytest.mark.parametrize("name", ["mmd-vae", "capacity-vae", "mmd-vae-neighbours", "mmd-vae-contrast-cosine"])
 def test_a_compiled_step_is_one_graph_for_all_steps_and_the_same(captured, name):
     network = dataclasses.replace(SMALL, prefixes=(2, 16))
     config = dataclasses.replace(CONFIG, epochs=2, prefix_weights=(1.0, 1.0), objective=OBJECTIVES[name])

@@ -70,6 +70,7 @@ def write_bundle(
             quantiser=quantiser,
             heads=heads,
             split=split,
+            where=device.of(model.encoder),
         )
 
         say("clusters, reconstructions, sampled codes")

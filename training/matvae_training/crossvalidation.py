@@ -74,8 +74,8 @@ def cross_validate(
 ) -> Values:
     """All scores of the bundle's codes of `data`, over k folds or (None) the standard split, for seeds 0, 1, ....
 
-    `data` are those that `data.of_card` finds. Heads are trained on the device `where`. Raises DataError: there are
-    more folds than images; FitError: there is no such device.
+    `data` are those that `data.of_card` finds. Heads are trained and neighbours looked for on the device `where`.
+    Raises DataError: there are more folds than images; FitError: there is no such device.
     """
     card = bundle.card
     images = torch.cat([data.train.images, data.test.images])
@@ -109,7 +109,7 @@ def cross_validate(
 class _Coded:
     """All images as codes float32 (n, dimensions), labels (n,), and reconstruction errors (prefixes, n).
 
-    All are on the CPU; heads are trained on the device `where`.
+    All are on the CPU; heads are trained and neighbours looked for on the device `where`.
     """
 
     codes: Tensor
@@ -142,7 +142,7 @@ def _probed(coded: _Coded, splits: Sequence[Rows], probes: Sequence[ProbeConfig]
 
 def _measured(coded: _Coded, rows: Rows) -> _Scored:
     queries = coded.codes[rows.test]
-    found = nearest(coded.codes[rows.train], queries, coded.prefixes)
+    found = nearest(coded.codes[rows.train].to(coded.where), queries.to(coded.where), coded.prefixes)
     sample = queries[:_MMD_SAMPLE]
     prior = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0))
     distances = mmd(sample, prior, coded.prefixes)

@@ -27,6 +27,7 @@ from matvae_training.probes import classify
 
 NEIGHBOURS = 10
 INT8_PERCENTILES = (0.05, 99.95)
+_CPU = torch.device("cpu")
 _CHUNK = 64  # queries at a time: 15 MB of distances to a gallery of 60,000; more, and allocating them costs the time
 
 
@@ -67,9 +68,11 @@ def evaluate(
     quantiser: codec.Quantiser,
     heads: Iterable[Head],
     split: str,
+    where: torch.device = _CPU,
 ) -> tuple[Metric, ...]:
     """All metrics of float32 codes: gallery (n, dimensions), queries (q, dimensions). `n` of every metric is q.
 
+    All of them are on the CPU; neighbours are looked for on the device `where`.
     A query's recall is a mean of ten dependent hits, so its interval counts queries, not hits: a wide one.
     """
     heads = tuple(heads)
@@ -96,7 +99,7 @@ def evaluate(
         for head in heads:
             hits = classify(head, unpacked) == query_labels
             add(head.kind, head.dimensions, precision, hits.double().mean().item())
-        found = _nearest(gallery, queries, precision, quantiser, prefixes)
+        found = _nearest(gallery, queries, precision, quantiser, prefixes, where=where)
         if truth is None:  # float32 comes first, the full code last
             truth = found[-1]
         for dimensions, rows in zip(prefixes, found, strict=True):
@@ -122,7 +125,13 @@ def _round_trip(codes: Tensor, precision: str, quantiser: codec.Quantiser) -> Te
 
 
 def _nearest(
-    gallery: Tensor, queries: Tensor, precision: str, quantiser: codec.Quantiser, prefixes: Sequence[int]
+    gallery: Tensor,
+    queries: Tensor,
+    precision: str,
+    quantiser: codec.Quantiser,
+    prefixes: Sequence[int],
+    *,
+    where: torch.device,
 ) -> Tensor:
     """Gallery rows of the 10 nearest to every query: (prefixes, q, 10)."""
     binary = precision == "binary"
@@ -132,22 +141,24 @@ def _nearest(
         points, searched = ((codes > threshold).float() * 2 - 1 for codes in (gallery, queries))
     else:
         points, searched = (_round_trip(codes, precision, quantiser) for codes in (gallery, queries))
-    return nearest(points, searched, prefixes, by_row=binary)
+    return nearest(points.to(where), searched.to(where), prefixes, by_row=binary)
 
 
 def nearest(points: Tensor, searched: Tensor, prefixes: Sequence[int], *, by_row: bool = False) -> Tensor:
     """Rows of the 10 of `points` (n, dimensions) nearest to each of `searched` (q, dimensions): (prefixes, q, 10).
 
-    `by_row`: distances are whole numbers, and at equal ones the lower row is nearer.
+    They are looked for where the points are. `by_row`: distances are whole numbers, and at equal ones the lower row is
+    nearer.
     """
+    order = torch.arange(len(points), device=points.device)
 
     def chunks() -> Iterator[Tensor]:
         for chunk in torch.split(searched, _CHUNK):
             found = []
             for distances in prefix_distances(chunk, points, prefixes):
-                keys = distances.long() * len(points) + torch.arange(len(points)) if by_row else distances
+                keys = distances.long() * len(points) + order if by_row else distances
                 found.append(keys.topk(min(NEIGHBOURS, len(points)), largest=False).indices)
-            yield torch.stack(found)
+            yield torch.stack(found).cpu()
 
     return torch.cat(list(chunks()), dim=1)
 

@@ -33,7 +33,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser], *, object
         help="cut train and test images together into K parts, each tested once (the data set's own split)",
     )
     evaluate.add_argument("--seeds", type=whole(1), default=1, help="shuffles and probes, 0, 1, ... (%(default)s)")
-    evaluate.add_argument("--device", choices=DEVICES, default="cpu", help="where to train heads (%(default)s)")
+    evaluate.add_argument("--device", choices=DEVICES, default="cpu", help="for heads and neighbours (%(default)s)")
     evaluate.add_argument("--threads", type=whole(1), help="CPU threads (all cores)")
     evaluate.add_argument("--out", type=Path, help="file for the values as JSON")
 

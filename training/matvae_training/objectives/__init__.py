@@ -17,7 +17,7 @@ from matvae_training.augment import AUGMENTATIONS
 from matvae_training.config import FitError, ObjectiveConfig
 from matvae_training.objectives.bernoulli import bernoulli
 from matvae_training.objectives.composition import Objective, Term
-from matvae_training.objectives.consistency import Both, Contrast, CosineContrast, UpTo, alignment
+from matvae_training.objectives.consistency import Contrast, CosineContrast, Either, alignment, nothing
 from matvae_training.objectives.gaussian import gaussian
 from matvae_training.objectives.heads import Heads
 from matvae_training.objectives.kernels import KERNELS
@@ -44,7 +44,7 @@ def build(config: ObjectiveConfig, network: NetworkConfig, classes: int, *, bflo
         "alignment": alignment,
         "contrast": Contrast(scale=config.consistency_scale),
         "cosine": CosineContrast(scale=config.consistency_scale),
-        "contrast-cosine": Both(scale=config.consistency_scale),
+        "contrast-cosine": Either(Contrast(scale=3.0), CosineContrast(scale=config.consistency_scale), 4),
     }
     if config.reconstruction != "none":
         terms["reconstruction"] = (1.0, reconstructions[config.reconstruction])
@@ -64,7 +64,7 @@ def build(config: ObjectiveConfig, network: NetworkConfig, classes: int, *, bflo
         if most := config.consistency_up_to:
             if most < network.prefixes[0]:
                 raise FitError(f"no prefix has at most {most} dimensions: the shortest has {network.prefixes[0]}")
-            consistency = UpTo(consistency, most)
+            consistency = Either(consistency, nothing, most)
         terms["consistency"] = (config.consistency_weight, consistency)
     return Objective(
         terms=terms,

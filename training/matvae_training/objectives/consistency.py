@@ -29,8 +29,6 @@ from torch.nn.functional import cross_entropy, normalize
 from matvae_training.distances import prefix_distances
 from matvae_training.objectives.composition import Batch, Term
 
-_FEW, _SCALE_OF_FEW = 4, 3.0
-
 
 def alignment(batch: Batch) -> Tensor:
     """By prefix: (prefixes,)."""
@@ -68,39 +66,31 @@ class CosineContrast:
 
 
 @dataclasses.dataclass(frozen=True)
-class Both:
-    """`Contrast` of short prefixes, `CosineContrast` of long ones, by prefix: (prefixes,)."""
+class Either:
+    """One term of prefixes of at most so many dimensions, another of those that are longer, by prefix: (prefixes,)."""
 
-    scale: float
-    """Of the cosines."""
-
-    def __call__(self, batch: Batch) -> Tensor:  # noqa: D102
-        parts = [m for m in batch.prefixes if m <= _FEW], [m for m in batch.prefixes if m > _FEW]
-        terms: tuple[Term, ...] = Contrast(scale=_SCALE_OF_FEW), CosineContrast(scale=self.scale)
-        return torch.cat(
-            [
-                term(dataclasses.replace(batch, prefixes=tuple(some)))
-                for term, some in zip(terms, parts, strict=True)
-                if some
-            ]
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class UpTo:
-    """A term of the prefixes of at most so many dimensions alone, 0 for those that are longer.
-
-    Short prefixes have no room for all that the long ones know, and are the better for being told what matters; the
-    long ones, where they are free of it, keep what it would cost them.
-    """
-
-    term: Term
+    few: Term
+    many: Term
     dimensions: int
 
     def __call__(self, batch: Batch) -> Tensor:  # noqa: D102
-        short = tuple(m for m in batch.prefixes if m <= self.dimensions)
-        rest = batch.mean.new_zeros(len(batch.prefixes) - len(short))
-        return torch.cat([self.term(dataclasses.replace(batch, prefixes=short)), rest]) if short else rest
+        parts = []
+        for term, prefixes in (
+            (self.few, tuple(m for m in batch.prefixes if m <= self.dimensions)),
+            (self.many, tuple(m for m in batch.prefixes if m > self.dimensions)),
+        ):
+            if prefixes:
+                parts.append(term(dataclasses.replace(batch, prefixes=prefixes)))
+        return torch.cat(parts)
+
+
+def nothing(batch: Batch) -> Tensor:
+    """Zeros by prefix: (prefixes,).
+
+    As the second of `Either` it frees long prefixes: short ones have no room for all that the long ones know, and are
+    the better for being told what matters; those that are long keep what it would cost them.
+    """
+    return batch.mean.new_zeros(len(batch.prefixes))
 
 
 def _info_nce(similarities: Tensor) -> Tensor:
