@@ -53,7 +53,8 @@ class PcaDecoder(nn.Module):
 
     def decode(self, codes: Tensor, prefix_index: Tensor) -> Tensor:
         """From the prefix of that index, a tensor (): (n, height, width, channels) in [0, 1]."""
-        return self._images(codes * self.kept[prefix_index])
+        kept = self.kept.index_select(0, prefix_index.reshape(1))  # as in `network.MatryoshkaDecoder.decode`
+        return self._images(codes * kept)
 
     def _images(self, codes: Tensor) -> Tensor:
         pixels = (codes @ self.back + self.centre).clamp(0.0, 1.0)
