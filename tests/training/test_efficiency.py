@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import platform
+import subprocess
 import sys
 
 import pytest
@@ -324,3 +327,27 @@ def test_options_that_do_not_go_together(data_root, tmp_path, capsys, options, m
     words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "out")]
     assert cli.main([*words, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+FAULTS = """
+import resource, torch
+from matvae_training.allocator import keep_memory
+print(keep_memory())
+for step in range(30):
+    if step == 10:
+        begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(20_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begun)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize("kept", [True, False])
+def test_memory_is_kept_unless_the_environment_says_how_to_allocate(kept):
+    other = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment = other if kept else {**other, "MALLOC_PERTURB_": "0"}
+    words = [sys.executable, "-c", FAULTS]
+    run = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    told, faults = run.stdout.split()
+    assert told == str(kept)
+    assert (int(faults) < 500) == kept  # twenty times 80 MB are 400,000 pages of 4 kB, or 800 huge ones

@@ -10,6 +10,7 @@ from pathlib import Path
 from matvae_server import bundle
 from matvae_server.card import CardError
 from matvae_training import arguments, measuring_arguments, model_card, provenance, summary
+from matvae_training.allocator import keep_memory
 from matvae_training.config import DataError, FitError
 from matvae_training.reproduce import arguments as reproduce_arguments
 
@@ -20,6 +21,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a failed export, 2 for input that cannot be used."""
     words = sys.argv[1:] if words is None else list(words)
     options = arguments.parser().parse_args(words)
+    if options.command not in ("summary", "card", "page"):
+        keep_memory()
     if options.command in measuring_arguments.COMMANDS:
         return _measure(options, words)
     if options.command in reproduce_arguments.COMMANDS:

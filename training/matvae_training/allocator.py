@@ -1,0 +1,23 @@
+"""Memory that a training step frees stays with the process, because the next step asks for as much again."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of glibc's malloc.h
+_LARGEST = 2**31 - 1
+
+
+def keep_memory() -> bool:
+    """Have glibc keep what is freed; returns whether it will.
+
+    By itself it maps large blocks anew each time, and the system then clears every page of them: a fifth of a training
+    step on a CPU (README, "What training costs"). It is for the whole process, so a command asks for it, and no
+    library. Who sets a MALLOC_ variable has said what they want, and other C libraries have no such thing.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, _LARGEST))
