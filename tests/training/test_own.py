@@ -154,6 +154,23 @@ def test_the_card_says_no_more_than_it_was_told(data, tmp_path, told, says, saw_
     assert known.provenance["encoder_saw_labels"] == saw_labels
 
 
+def test_the_card_names_terms_of_its_own_and_they_make_another_recipe(data, tmp_path):
+    terms = {"spread": (0.1, lambda batch: batch.mean.new_zeros(len(batch.prefixes)))}
+    made = []
+    for name, given in (("with", terms), ("without", None)):
+        torch.manual_seed(0)
+        model = own.Model(tiny(), (8, 8, 1), prefixes=(2, 4))
+        config = FitConfig(epochs=1, batch_size=16, prefix_weights=(1.0, 1.0))
+        train(model, data.train.images, config, terms=given)
+        made.append(own.export(model, data, tmp_path / name, name="tiny", license="MIT", config=config, terms=given))
+    own_terms, plain = made
+    assert json.loads(own_terms.provenance["terms"]) == {"spread": 0.1}
+    assert "; terms of its own: spread;" in own_terms.description
+    assert "terms" not in plain.provenance
+    page = summary.render([summary.Run.of(card) for card in made])
+    assert "terms {'spread': 0.1} |" in page
+
+
 def tiny():
     return nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(8))
 

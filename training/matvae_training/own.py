@@ -8,6 +8,8 @@ its own network. The server runs the ONNX form alone and needs neither torch nor
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from matvae_training import provenance
 from matvae_training.bundling import write_bundle
 from matvae_training.config import FitConfig, FitError
 from matvae_training.data import Dataset
+from matvae_training.objectives.composition import Term
 from matvae_training.recipe import SAW_LABELS, repeatable, seen
 
 PREFIXES = (2, 4, 8, 16, 32, 64, 128)
@@ -91,16 +94,20 @@ def export(
     config: FitConfig | None = None,
     ordered: bool | None = None,
     saw_labels: bool | None = None,
+    terms: Mapping[str, tuple[float, Term]] | None = None,
 ) -> Card:
     """Write the trained model as a bundle into `out`; returns its card.
 
     Quantiser and heads are fitted on the training images, and measured on the test images, with `measure`; the card
     then says how good each prefix is at each precision. `config` is what it was trained by, and `ordered` whether
     `ordering.order` followed. `saw_labels` is whether the encoder ever learned from labels, its body before this
-    training, too: where neither that nor `config` says so, nobody can tell with which models it may be compared. Raises
-    ExportError, and OSError where `out` cannot be written.
+    training, too: where neither that nor `config` says so, nobody can tell with which models it may be compared.
+    `terms` are those of one's own that `fit.train` was given: the card has their names and weights. Raises ExportError,
+    and OSError where `out` cannot be written.
     """
     told = "nothing is said of how" if config is None else f"in this training {seen(config.objective)}"
+    if terms:
+        told += f"; terms of its own: {', '.join(terms)}"
     if config is not None and config.objective.uses_labels:
         saw_labels = True
     elif saw_labels is None:
@@ -128,6 +135,7 @@ def export(
             "commit": provenance.commit(),
             **({} if config is None else repeatable(config)),
             **({} if ordered is None else {"ordered": str(ordered).lower()}),
+            **({"terms": json.dumps({term: weight for term, (weight, _) in terms.items()})} if terms else {}),
             SAW_LABELS: known,
         },
         measure=measure,

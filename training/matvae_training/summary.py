@@ -28,6 +28,8 @@ _DEFAULT = {"prefix_weights": "default", "ordered": "true"}
 """Of what a recipe has beside the configuration, or tells in other words."""
 _NETWORK = {"conv_channels": list(CONV_CHANNELS), "decoder_hidden": 256, "residual_blocks": 0, "stem_stride": 2}
 """Of the encoder and decoder that `fit` makes unless it is told otherwise; in a recipe stands what differs."""
+_ABSENT = {**_NETWORK, "terms": {}}
+"""What a recipe is silent of where it is as usual: those of the network, and terms of one's own."""
 TIERS = {"false": "Label-free", "true": "With labels", "unknown": "Nobody said whether with labels"}
 COMPARED = ("mlp", "knn")
 """Metrics by which a prefix is compared with a model of that size."""
@@ -65,6 +67,8 @@ class Run:
         seed = config.pop("seed", 0)
         if config.get("prefix_weights") == list(default_prefix_weights(card.network.prefixes)):
             config["prefix_weights"] = "default"  # which differ from size to size
+        if terms := card.provenance.get("terms"):
+            config["terms"] = json.loads(terms)
         values: dict[str, dict[str, dict[str, float]]] = {}
         for metric in card.metrics:
             values.setdefault(metric.name, {}).setdefault(metric.precision, {})[str(metric.dimensions)] = metric.value
@@ -232,7 +236,7 @@ def _label(each: Group, groups: Sequence[Group]) -> str:
     kind = "Matryoshka" if each.nested else "single-size"
     recipe, objective = each.runs[0].recipe, each.objective
     default = {**dataclasses.asdict(FitConfig()), **dataclasses.asdict(OBJECTIVES[objective or "mmd-vae"]), **_DEFAULT}
-    others = [_NETWORK | other.runs[0].recipe for other in groups if other.nested == each.nested]
+    others = [_ABSENT | other.runs[0].recipe for other in groups if other.nested == each.nested]
     differing = (
         key
         for key in recipe
