@@ -255,3 +255,19 @@ def test_the_page_holds_what_was_measured(repository, name):
         assert below.startswith(speed.table(json.loads(file.read_text())))
     else:
         assert not below.startswith("|")
+
+
+def test_the_page_holds_what_keeping_memory_gained(repository):
+    results, rows = repository / "training" / "results", []
+    for name, title in (("cifar10", "CIFAR-10"), ("fashion-mnist", "Fashion-MNIST")):
+        kept, returned = (
+            {
+                variant["name"]: ", ".join(f"{rate:,.0f}" for rate in variant["images_per_second"])
+                for variant in json.loads((results / f"speed-{name}{suffix}.json").read_text())["variants"]
+            }
+            for suffix in ("", "-returned")
+        )
+        rows += [f"| {title}, {variant} | {rates} | {kept[variant]} |" for variant, rates in returned.items()]
+    page = (repository / "training" / "README.md").read_text()
+    table = page.split("<!-- returned -->\n\n")[1].partition("\n\n")[0]
+    assert table.splitlines()[2:] == rows

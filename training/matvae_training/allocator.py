@@ -13,8 +13,8 @@ _LARGEST = 2**31 - 1
 def keep_memory() -> bool:
     """Have glibc keep what is freed; returns whether it will.
 
-    By itself it maps large blocks anew each time, and the system then clears every page of them: a fifth of a training
-    step on a CPU (README, "What training costs"). It is for the whole process, so a command asks for it, and no
+    By itself it maps blocks of 32 MB and more anew each time, and the system then clears every page of them: a fifth to
+    a quarter of a training step on 512 photos ("What training costs" in the README). It is for the whole process, so a command asks for it, and no
     library. Who sets a MALLOC_ variable has said what they want, and other C libraries have no such thing.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
