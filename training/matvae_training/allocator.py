@@ -14,8 +14,9 @@ def keep_memory() -> bool:
     """Have glibc keep what is freed; returns whether it will.
 
     By itself it maps blocks of 32 MB and more anew each time, and the system then clears every page of them: a fifth to
-    a quarter of a training step on 512 photos ("What training costs" in the README). It is for the whole process, so a command asks for it, and no
-    library. Who sets a MALLOC_ variable has said what they want, and other C libraries have no such thing.
+    a quarter of a training step on 512 photos ("Cost" in the README). It is for the whole process, so a command asks
+    for it, and no library. Who sets a MALLOC_ variable has said what they want, and other C libraries have no such
+    thing.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return False

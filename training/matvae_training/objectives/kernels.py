@@ -24,16 +24,17 @@ SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 class _InverseMultiquadric(torch.autograd.Function):
     """Sum over the scales s of s / (s + unit).
 
-    Its derivative is found in the same pass: left to autograd, the seven terms cost twice the time.
+    Its derivative is found in the same pass: left to autograd, the seven terms cost twice the time. Nothing is changed
+    in place: torch 2.11, compiling such a function, returns gradients of zero without a word.
     """
 
     @staticmethod
     def forward(ctx: Any, unit: Tensor) -> Tensor:
         values, slopes = torch.zeros_like(unit), torch.zeros_like(unit)
         for scale in SCALES:
-            term = (unit + scale).reciprocal_().mul_(scale)
-            values += term
-            slopes.addcmul_(term, term, value=-1.0 / scale)
+            term = scale / (unit + scale)
+            values = values + term
+            slopes = torch.addcmul(slopes, term, term, value=-1.0 / scale)
         ctx.save_for_backward(slopes)
         return values
 
