@@ -28,7 +28,7 @@ for dataset in ${DATASETS:-mnist fashion-mnist cifar10}; do
   larger=()
   [ "$dataset" = cifar10 ] && [ "$device" = cuda ] && larger=("${photos[@]}")
   "$here/bundles/$dataset.sh" "$packed" "$out/$dataset" --run "$out/$dataset.run" --resume \
-    "${options[@]}" "${larger[@]}" "${@:3}"
+    "${options[@]}" ${larger[@]+"${larger[@]}"} "${@:3}"
   matvae-train evaluate "$out/$dataset" --data-root "$packed" --seeds 3 --device "$device" --out "$out/$dataset.json"
   echo "$dataset: $((SECONDS - started)) s"
 done

@@ -153,6 +153,10 @@ def test_consistency_up_to_a_prefix_is_asked_for_and_told():
         ({"consistency_up_to": -1}, "must be at least 0"),
         ({"consistency_up_to": 8}, "needs a term that compares images"),
         (
+            {"consistency_up_to": 4, "consistency": "contrast-cosine", "augmentation": "photos"},
+            "has no cosines: take contrast",
+        ),
+        (
             {"consistency_up_to": 8, "consistency": "cosine", "augmentation": "photos", "reconstruction": "none"},
             "need a reconstruction or heads",
         ),

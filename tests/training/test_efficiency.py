@@ -149,6 +149,7 @@ def captured(monkeypatch):
 
 @pytest.mark.parametrize("name", ["mmd-vae", "capacity-vae", "mmd-vae-neighbours", "mmd-vae-contrast-cosine"])
 def test_a_compiled_step_is_one_graph_for_all_steps_and_the_same(captured, name):
+    """With torch 2.11, a function of one's own whose forward changes tensors in place fails here: its gradient is 0."""
     network = dataclasses.replace(SMALL, prefixes=(2, 16))
     config = dataclasses.replace(CONFIG, epochs=2, prefix_weights=(1.0, 1.0), objective=OBJECTIVES[name])
     torch._dynamo.reset()
@@ -342,12 +343,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begun)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-@pytest.mark.parametrize("kept", [True, False])
-def test_memory_is_kept_unless_the_environment_says_how_to_allocate(kept):
-    other = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    environment = other if kept else {**other, "MALLOC_PERTURB_": "0"}
+@pytest.mark.parametrize("told", [{}, {"MALLOC_PERTURB_": "0"}, {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}])
+def test_memory_is_kept_unless_the_environment_says_how_to_allocate(told):
+    other = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
     words = [sys.executable, "-c", FAULTS]
-    run = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-    told, faults = run.stdout.split()
-    assert told == str(kept)
-    assert (int(faults) < 500) == kept  # twenty times 80 MB are 400,000 pages of 4 kB, or 800 huge ones
+    run = subprocess.run(words, env={**other, **told}, capture_output=True, text=True, check=True)
+    kept, faults = run.stdout.split()
+    assert kept == str(not told)
+    assert (int(faults) < 500) == (not told)  # twenty times 80 MB are 400,000 pages of 4 kB, or 800 huge ones
+
+
+@pytest.mark.parametrize(("words", "asked"), [(["pack", "--dataset", "mnist"], True), (["card", "nothing"], False)])
+def test_what_computes_keeps_memory_and_what_reads_a_card_does_not(monkeypatch, tmp_path, words, asked):
+    calls = []
+    monkeypatch.setattr(cli, "keep_memory", lambda: calls.append(1))
+    files = ["--data-root", str(tmp_path / "none.npz"), "--out", str(tmp_path / "out.npz")] if asked else []
+    assert cli.main([*words, *files]) == 2
+    assert bool(calls) == asked

@@ -128,6 +128,14 @@ def test_evaluate_over_folds_prints_and_writes(pca, data_root, tmp_path, capsys,
     assert f"{100 * knn['mean']:.2f} ± {100 * knn['std']:.2f}" in re.search(r"^knn .*", printed, re.MULTILINE).group()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_evaluate_without_the_gpu_it_asks_for_is_refused_before_encoding(pca, data_root, capsys):
+    assert cli.main(["evaluate", str(pca), "--data-root", str(data_root), "--device", "cuda"]) == 2
+    told = capsys.readouterr().err
+    assert "no GPU that torch can use: take --device cpu" in told
+    assert "encode" not in told
+
+
 def test_evaluate_of_other_data_is_refused(pca, data_root, tmp_path, capsys):
     folder = data.load("fashion-mnist", data_root)
     cut = dataclasses.replace(folder.train, images=folder.train.images[:, :14])

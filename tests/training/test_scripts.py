@@ -11,8 +11,7 @@ import pytest
 
 from matvae_server import bundle
 from matvae_training import cli
-from matvae_training.arguments import parser
-from matvae_training.objective_arguments import objective
+from matvae_training.arguments import config, network, parser
 
 BUNDLES = {
     "fashion-mnist": "server/matvae_server/bundles/fashion-mnist",
@@ -77,7 +76,10 @@ def test_what_the_gpu_script_asks_for(repository, tmp_path):
     assert len(commands) == 3 * 2 + 2 * 2 + 1 + 2  # pack and evaluate; two passes of two; one; cards of two
     for options in map(parser().parse_args, commands):
         if options.command == "fit":
-            objective(options)
+            asked = config(options)
+            asked.check_weights(network(options).prefixes)
+            views = asked.objective.consistency == "contrast-cosine"
+            assert views == (options.dataset == "cifar10")
             assert (options.device, options.compile, options.epochs) == ("cuda", True, 3)
             assert options.residual_blocks == (2 if options.dataset == "cifar10" else 0)
         if options.command == "evaluate":

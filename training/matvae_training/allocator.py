@@ -7,7 +7,7 @@ import os
 import sys
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of glibc's malloc.h
-_LARGEST = 2**31 - 1
+_NEVER = -1
 
 
 def keep_memory() -> bool:
@@ -15,10 +15,11 @@ def keep_memory() -> bool:
 
     By itself it maps blocks of 32 MB and more anew each time, and the system then clears every page of them: a fifth to
     a quarter of a training step on 512 photos ("Cost" in the README). It is for the whole process, so a command asks
-    for it, and no library. Who sets a MALLOC_ variable has said what they want, and other C libraries have no such
-    thing.
+    for it, and no library. Who sets a MALLOC_ variable, or glibc's tunables of malloc, has said what they want; other C
+    libraries have no such thing.
     """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+    told = any(name.startswith("MALLOC_") for name in os.environ)
+    if sys.platform != "linux" or told or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, _LARGEST))
+    return mallopt is not None and bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, _NEVER))

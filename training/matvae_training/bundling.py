@@ -140,7 +140,7 @@ def _heads(model: Servable, codes: Tensor, labels: Tensor, classes: int, probe: 
 def encode(model: Servable, images: Tensor, batch_size: int = 1000) -> Tensor:
     """uint8 images (n, height, width, channels) -> float32 codes (n, dimensions), in eval mode.
 
-    Images and codes are on the CPU; they are computed where the model is.
+    The codes are on the CPU, and computed where the model is; the images may be on either.
     """
     model.eval()
     where = device.of(model.encoder)

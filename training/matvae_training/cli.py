@@ -22,7 +22,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else list(words)
     options = arguments.parser().parse_args(words)
     if options.command not in ("summary", "card", "page"):
-        keep_memory()
+        options.memory = "kept" if keep_memory() else "returned"
     if options.command in measuring_arguments.COMMANDS:
         return _measure(options, words)
     if options.command in reproduce_arguments.COMMANDS:

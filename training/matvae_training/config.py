@@ -38,6 +38,8 @@ class FitError(ValueError):
 RECONSTRUCTIONS = ("gaussian", "squared-error", "bernoulli", "none")
 DIVERGENCES = ("mmd", "kl", "capacity", "none")
 KERNELS = ("imq", "rbf", "rbf-tutorial-text", "rbf-tutorial-code", "rbf-dimensions")
+FEW_DIMENSIONS, SCALE_OF_FEW = 4, 3.0
+"""Up to how many dimensions contrast-cosine compares distances, and at which scale."""
 MUTUALS = ("official", "reproduced", "none")
 HEADS = ("untied", "tied", "none")
 CONSISTENCIES = ("alignment", "contrast", "cosine", "contrast-cosine", "none")
@@ -59,10 +61,10 @@ class ObjectiveConfig:
     reconstruction + divergence_weight * divergence + kl_weight * KL + mutual + heads_weight * heads
     + consistency_weight * consistency of two views by `augmentation`, or of an image and one of its `neighbours`
     nearest, by `pixels` or by the `codes` of another model, or of views of these two; the first four are per pixel.
-    `consistency_scale` is that of a contrast; prefixes longer than `consistency_up_to` are left out of it, unless that
-    is 0. `variance` is that of squared-error, `kernel` and `biased` are the MMD's, `capacity` (nats) is the capacity
-    divergence's, `diversity` and `smoothness` are the mutual divergence's. `sampled` says whether codes are drawn from
-    the posterior while training, or are its means.
+    `consistency_scale` is that of a contrast, in contrast-cosine of the cosines; prefixes longer than
+    `consistency_up_to` are left out of it, unless that is 0. `variance` is that of squared-error, `kernel` and `biased`
+    are the MMD's, `capacity` (nats) is the capacity divergence's, `diversity` and `smoothness` are the mutual
+    divergence's. `sampled` says whether codes are drawn from the posterior while training, or are its means.
     """
 
     reconstruction: str = "gaussian"
@@ -111,6 +113,8 @@ class ObjectiveConfig:
             raise FitError(f"consistency_up_to must be at least 0, not {self.consistency_up_to}")
         if self.consistency_up_to and self.consistency == "none":
             raise FitError("consistency_up_to needs a term that compares images")
+        if 0 < self.consistency_up_to <= FEW_DIMENSIONS and self.consistency == "contrast-cosine":
+            raise FitError(f"contrast-cosine up to {self.consistency_up_to} dimensions has no cosines: take contrast")
         if self.consistency_up_to and self.reconstruction == self.heads == "none":
             raise FitError("longer prefixes than consistency_up_to need a reconstruction or heads")
         if not 0 <= self.neighbours <= _MOST_NEIGHBOURS:

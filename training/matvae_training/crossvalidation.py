@@ -77,7 +77,7 @@ def cross_validate(
     `data` are those that `data.of_card` finds. Heads are trained and neighbours looked for on the device `where`.
     Raises DataError: there are more folds than images; FitError: there is no such device.
     """
-    card = bundle.card
+    card, found = bundle.card, device.find(where)  # before minutes of encoding
     images = torch.cat([data.train.images, data.test.images])
     labels = torch.cat([data.train.labels, data.test.labels])
     say(f"encode: {len(images)} images")
@@ -85,7 +85,7 @@ def cross_validate(
     coded = _Coded(
         codes=codes,
         labels=labels,
-        where=device.find(where),
+        where=found,
         prefixes=card.network.prefixes,
         classes=len(card.classes),
         errors=None if bundle.decoder_onnx is None else _reconstruction_errors(bundle, codes, images),

@@ -147,8 +147,8 @@ def _nearest(
 def nearest(points: Tensor, searched: Tensor, prefixes: Sequence[int], *, by_row: bool = False) -> Tensor:
     """Rows of the 10 of `points` (n, dimensions) nearest to each of `searched` (q, dimensions): (prefixes, q, 10).
 
-    They are looked for where the points are. `by_row`: distances are whole numbers, and at equal ones the lower row is
-    nearer.
+    They are looked for where the points are; the rows are on the CPU. `by_row`: distances are whole numbers, and at
+    equal ones the lower row is nearer.
     """
     order = torch.arange(len(points), device=points.device)
 

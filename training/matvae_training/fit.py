@@ -106,7 +106,7 @@ def train(
 
     `points_of` gives the codes by which an objective finds neighbours, where it does not by pixels. `terms`, weight and
     term by name, are added to those of the configuration, or take the place of one of that name. They see labels only
-    where the configuration has heads, so that the card tells of it; of the terms, `own.export` does. `plain` takes
+    where the configuration has heads, so that the card tells of it; of the terms, that of `own.export`. `plain` takes
     Adam at a constant rate (Kingma & Ba 2015, arXiv 1412.6980).
 
     With a `checkpoint`, training goes on from what it holds, step by step as if it had never stopped, and saves to it

@@ -67,7 +67,12 @@ def _speed(options: argparse.Namespace, command: str) -> None:
     print(speed.table(measured))
     _write(
         options,
-        {"dataset": options.dataset, "device": device.name(options.device) or options.device, **measured},
+        {
+            "dataset": options.dataset,
+            "device": device.name(options.device) or options.device,
+            "memory": options.memory,
+            **measured,
+        },
         command,
     )
 
@@ -83,6 +88,6 @@ def _pack(options: argparse.Namespace, command: str) -> None:
 def _write(options: argparse.Namespace, values: Mapping[str, Any], command: str) -> None:
     if options.out is None:
         return
-    circumstances = provenance.circumstances(torch.get_num_threads(), command)
+    circumstances = provenance.circumstances(torch.get_num_threads(), command, device.name(options.device))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**circumstances, **values}, indent=1) + "\n", encoding="utf-8")

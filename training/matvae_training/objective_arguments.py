@@ -37,8 +37,8 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "consistency": ("of two views of every image, or of an image and a neighbour", CONSISTENCIES),
     "consistency_weight": ("of that", ()),
     "consistency_scale": (
-        "of a contrast: nearer than 1 / scale counts as the same; of cosines: 1 / temperature "
-        "(1; that of an objective by its name)",
+        "of a contrast: nearer than 1 / scale counts as the same; of cosines, in contrast-cosine of those alone: "
+        "1 / temperature (1; that of an objective by its name)",
         (),
     ),
     "augmentation": ("makes views; where an objective wants one, that which suits the data set", AUGMENTATIONS),

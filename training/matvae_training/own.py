@@ -102,7 +102,8 @@ def export(
     then says how good each prefix is at each precision. `config` is what it was trained by, and `ordered` whether
     `ordering.order` followed. `saw_labels` is whether the encoder ever learned from labels, its body before this
     training, too: where neither that nor `config` says so, nobody can tell with which models it may be compared.
-    `terms` are those of one's own that `fit.train` was given: the card has their names and weights. Raises ExportError,
+    `terms` are those of one's own that `fit.train` was given: the card has their names and weights, which is all that
+    tells them apart. Raises ExportError,
     and OSError where `out` cannot be written.
     """
     told = "nothing is said of how" if config is None else f"in this training {seen(config.objective)}"
@@ -135,7 +136,7 @@ def export(
             "commit": provenance.commit(),
             **({} if config is None else repeatable(config)),
             **({} if ordered is None else {"ordered": str(ordered).lower()}),
-            **({"terms": json.dumps({term: weight for term, (weight, _) in terms.items()})} if terms else {}),
+            **({"terms": json.dumps({term: float(weight) for term, (weight, _) in terms.items()})} if terms else {}),
             SAW_LABELS: known,
         },
         measure=measure,

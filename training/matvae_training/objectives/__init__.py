@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from matvae_server.card import NetworkConfig
 from matvae_training.augment import AUGMENTATIONS
-from matvae_training.config import FitError, ObjectiveConfig
+from matvae_training.config import FEW_DIMENSIONS, SCALE_OF_FEW, FitError, ObjectiveConfig
 from matvae_training.objectives.bernoulli import bernoulli
 from matvae_training.objectives.composition import Objective, Term
 from matvae_training.objectives.consistency import Contrast, CosineContrast, Either, alignment, nothing
@@ -44,7 +44,9 @@ def build(config: ObjectiveConfig, network: NetworkConfig, classes: int, *, bflo
         "alignment": alignment,
         "contrast": Contrast(scale=config.consistency_scale),
         "cosine": CosineContrast(scale=config.consistency_scale),
-        "contrast-cosine": Either(Contrast(scale=3.0), CosineContrast(scale=config.consistency_scale), 4),
+        "contrast-cosine": Either(
+            Contrast(scale=SCALE_OF_FEW), CosineContrast(scale=config.consistency_scale), FEW_DIMENSIONS
+        ),
     }
     if config.reconstruction != "none":
         terms["reconstruction"] = (1.0, reconstructions[config.reconstruction])
