@@ -19,6 +19,7 @@ PLAIN = {"consistency": "none", "heads": "none", "prefix_weights": "default"}
 UNORDERED = PLAIN | {"ordered": "false"}
 ORDERED = PLAIN | {"ordered": "true"}
 CLOSE = {"neighbours": 15, "augmentation": "none", "consistency_up_to": 0}
+BOTH = {"consistency": "contrast-cosine"}
 VIEWS = {"neighbours": 15, "prefix_weights": "default"}
 
 NESTED: dict[tuple[str, str, str], Mapping[str, Any]] = {
@@ -37,6 +38,10 @@ NESTED: dict[tuple[str, str, str], Mapping[str, Any]] = {
     ("EXPERIMENTS.md", "mnist", "scale 10: `bundles/mnist`"): CLOSE,
     ("EXPERIMENTS.md", "cifar10", "Cauchy"): {"consistency": "contrast", "epochs": 4},
     ("EXPERIMENTS.md", "cifar10", "cosine"): {"consistency": "cosine", "epochs": 4},
+    ("EXPERIMENTS.md", "cifar10", "distances up to 4, angles beyond"): BOTH
+    | {"epochs": 4, "prefix_weights": [0.15, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0]},
+    ("EXPERIMENTS.md", "cifar10", "the same, more weight on short prefixes (`.5,.4,.4,.5,.8,1.2,2`)"): BOTH
+    | {"epochs": 4, "prefix_weights": [0.5, 0.4, 0.4, 0.5, 0.8, 1.2, 2.0]},
     ("README.md", "mnist", "this bundle"): CLOSE,
     ("README.md", "mnist", "plain, more weight on short prefixes (`--prefix-weights 10,12,6,3,1,1,1`)"): {
         "consistency": "none",
