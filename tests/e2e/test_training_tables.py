@@ -67,8 +67,10 @@ NESTED: dict[tuple[str, str, str], Mapping[str, Any]] = {
         "epochs": 32,
     },
     ("README.md", "cifar10", "plain, without views"): ORDERED,
-    ("README.md", "multitask", "MNIST"): {"heads": "untied"},
-    ("README.md", "multitask", "Fashion-MNIST"): {"heads": "untied"},
+    ("README.md", "multitask", "MNIST"): {"heads": "untied", "augmentation": "none"},
+    ("README.md", "multitask", "MNIST, mild views"): {"heads": "untied", "augmentation": "digits"},
+    ("README.md", "multitask", "Fashion-MNIST"): {"heads": "untied", "augmentation": "none"},
+    ("README.md", "multitask", "Fashion-MNIST, mild views"): {"heads": "untied", "augmentation": "garments"},
     ("README.md", "multitask", "CIFAR-10, mild views"): {"heads": "untied", "augmentation": "garments"},
     ("README.md", "multitask", "CIFAR-10, strong views"): {"heads": "untied", "augmentation": "photos"},
 }
