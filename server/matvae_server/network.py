@@ -116,7 +116,7 @@ class MatryoshkaDecoder(nn.Module):
         but one are blanked.
         """
         side_by_side = torch.cat([codes[:, :m] for m in self.prefixes], dim=1) * (self.owner == prefix_index)
-        # Not `[prefix_index]`: to torch.export, before torch 2.12 or so, that asks for the number in the tensor.
+        # Not `[prefix_index]`: the export of torch 2.11 would ask for the number in the tensor, and fail.
         bias = self._biases().index_select(0, prefix_index.reshape(1))
         hidden = side_by_side @ self._weights(self.inputs).T + bias
         return self._images(hidden, side_by_side @ self._weights(self.linear).T)

@@ -103,8 +103,7 @@ def export(
     `ordering.order` followed. `saw_labels` is whether the encoder ever learned from labels, its body before this
     training, too: where neither that nor `config` says so, nobody can tell with which models it may be compared.
     `terms` are those of one's own that `fit.train` was given: the card has their names and weights, which is all that
-    tells them apart. Raises ExportError,
-    and OSError where `out` cannot be written.
+    tells them apart. Raises ExportError, and OSError where `out` cannot be written.
     """
     told = "nothing is said of how" if config is None else f"in this training {seen(config.objective)}"
     if terms:
