@@ -61,6 +61,8 @@ NESTED: dict[tuple[str, str, str], Mapping[str, Any]] = {
     ("README.md", "fashion-mnist", "neighbours and views (`--augmentation garments`)"): VIEWS
     | {"augmentation": "garments"},
     ("README.md", "cifar10", "this bundle"): {"consistency": "cosine", "epochs": 80},
+    ("README.md", "cifar10", "distances up to 4 dimensions, angles beyond (not in the repository)"): BOTH
+    | {"epochs": 80},
     ("README.md", "cifar10", "Cauchy contrast"): {"consistency": "contrast", "epochs": 40, "ordered": "true"},
     ("README.md", "cifar10", "Cauchy contrast, more weight on long prefixes"): {
         "consistency": "contrast",
