@@ -38,11 +38,11 @@ class FitError(ValueError):
 RECONSTRUCTIONS = ("gaussian", "squared-error", "bernoulli", "none")
 DIVERGENCES = ("mmd", "kl", "capacity", "none")
 KERNELS = ("imq", "rbf", "rbf-tutorial-text", "rbf-tutorial-code", "rbf-dimensions")
-FEW_DIMENSIONS, SCALE_OF_FEW = 4, 3.0
-"""Up to how many dimensions contrast-cosine compares distances, and at which scale."""
 MUTUALS = ("official", "reproduced", "none")
 HEADS = ("untied", "tied", "none")
 CONSISTENCIES = ("alignment", "contrast", "cosine", "contrast-cosine", "none")
+FEW_DIMENSIONS, SCALE_OF_FEW = 4, 3.0
+"""Up to how many dimensions contrast-cosine compares distances, and at which scale."""
 AUGMENTATIONS = ("digits", "garments", "photos", "none")
 NEIGHBOURS_BY = ("pixels", "codes")
 _MOST_NEIGHBOURS = 1000  # they are kept for every image
