@@ -108,9 +108,9 @@ class GrpcAdapter(pb_grpc.EmbeddingServiceServicer):
         """Why a call that begins now is refused, whatever its message says."""
         return self._core.refusal() if method == "Embed" and not self._draining else None
 
-    async def end(self, path: str, error: ServiceError, context: Any) -> None:
-        """End a call of /service/method whose message is not received, and tell the observers."""
-        await refuse(context, path, error, self._observers)
+    def end(self, path: str, error: ServiceError, context: Any) -> None:
+        """As `refuse`, of a call of /service/method whose message is not received."""
+        refuse(context, path, error, self._observers)
 
     def refuse(self) -> None:
         """From now on every new call is UNAVAILABLE; those in flight go on."""
@@ -228,7 +228,13 @@ def _async(handle: Callable[[Request], Reply]) -> Callable[[Request, Call], Awai
 
 
 async def _abort(context: Any, error: ServiceError, call: Call) -> NoReturn:
-    """End the call with a google.rpc.Status in its trailers (grpc/proposal L44)."""
+    """End the call."""
+    await context.abort(error.status, *_ending(error, call))
+    raise AssertionError("abort does not return")
+
+
+def _ending(error: ServiceError, call: Call) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """The text of a call's status, and its trailers: the details are a google.rpc.Status there (grpc/proposal L44)."""
     text = str(error)
     if len(text) > _LONGEST:  # metadata has a limit; beyond it the caller would be told that something was exhausted
         text = text[:_LONGEST] + "..."
@@ -243,14 +249,14 @@ async def _abort(context: Any, error: ServiceError, call: Call) -> NoReturn:
         ]
     )
     status = status_pb2.Status(code=error.status.value[0], message=text, details=details)
-    trailers = ((_DETAILS, status.SerializeToString()), *error.trailers(), *_trailers(call))
-    await context.abort(error.status, text, trailers)
-    raise AssertionError("abort does not return")
+    return text, ((_DETAILS, status.SerializeToString()), *error.trailers(), *_trailers(call))
 
 
-async def refuse(context: Any, path: str, error: ServiceError, observers: Sequence[Observer]) -> NoReturn:
-    """End a call that its handler never sees, and tell the observers as if it had.
+def refuse(context: Any, path: str, error: ServiceError, observers: Sequence[Observer]) -> None:
+    """Give its status to a call that its handler never sees, and tell the observers as if it had.
 
+    Who stands in for the handler returns then. An abort costs more: its exception and the call hold each other until
+    the garbage collector comes, and with them what came of a message that nobody received.
     `path` is /service/method; a method that does not exist has no name, for a stranger could make up any number.
     """
     name = path.rpartition("/")[2]
@@ -258,4 +264,7 @@ async def refuse(context: Any, path: str, error: ServiceError, observers: Sequen
     call = Call(method=method, request_id=_request_id(context), seconds=context.time_remaining())
     for observe in observers:
         observe(call, error.status)
-    await _abort(context, error, call)
+    text, trailers = _ending(error, call)
+    context.set_code(error.status)
+    context.set_details(text)
+    context.set_trailing_metadata(trailers)

@@ -76,15 +76,23 @@ class RayContext:
         """Call it when the method is over; of the network nothing is known here."""
         self._callbacks.append(callback)
 
+    def set_code(self, code: grpc.StatusCode) -> None:
+        """Of the call's status."""
+        self._context.set_code(code)
+
+    def set_details(self, details: str) -> None:
+        """The text of the call's status."""
+        self._context.set_details(details)
+
     def set_trailing_metadata(self, trailers: Sequence[tuple[str, Any]]) -> None:
         """What goes with the reply."""
         self._context.set_trailing_metadata(list(trailers))
 
     async def abort(self, code: grpc.StatusCode, details: str, trailers: Sequence[tuple[str, Any]]) -> NoReturn:
         """Raises AbortedCallError, for the method to answer by an empty reply, or by raising it."""
-        self._context.set_code(code)
-        self._context.set_details(details)
-        self._context.set_trailing_metadata(list(trailers))
+        self.set_code(code)
+        self.set_details(details)
+        self.set_trailing_metadata(trailers)
         raise AbortedCallError(details) from None
 
     def done(self) -> None:
@@ -194,4 +202,5 @@ class Replica:
             try:
                 self._tokens.check(context.invocation_metadata())
             except UnauthenticatedError as error:
-                await refuse(context, method.__name__, error, self._observers)
+                refuse(context, method.__name__, error, self._observers)
+                raise AbortedCallError(str(error)) from None

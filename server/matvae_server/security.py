@@ -153,15 +153,15 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         try:
             self._tokens.check(details.invocation_metadata)
         except UnauthenticatedError as error:
-            refusal = error
+            refusal = error.with_traceback(None)  # which would hold this frame, and the frame it
         else:
             return await continuation(details)
 
-        async def abort(_requests: Any, context: Any) -> None:
-            await refuse(context, details.method, refusal, self._observers)
+        async def end(_requests: Any, context: Any) -> None:
+            refuse(context, details.method, refusal, self._observers)
 
         # Of a stream nothing is received until its handler asks: so nobody unknown makes us take 16 MiB, and parse it.
-        return grpc.stream_stream_rpc_method_handler(abort)
+        return grpc.stream_stream_rpc_method_handler(end)
 
 
 def interceptors(security: Security, observers: Sequence[Observer] = ()) -> tuple[TokenInterceptor, ...]:

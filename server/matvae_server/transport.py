@@ -55,7 +55,7 @@ class _Service(grpc.GenericRpcHandler):
             return self._handlers[method]
 
         async def end(_requests: Any, context: Any) -> None:
-            await self._adapter.end(path, error, context)
+            self._adapter.end(path, error, context)
 
         # Of a stream nothing is received until its handler asks: and receiving is a good part of what refusing costs.
         return grpc.stream_stream_rpc_method_handler(end)

@@ -1,15 +1,18 @@
 """The service as a plain gRPC client sees it: a real process, a real socket, no matvae client."""
 
+import asyncio
+import gc
 import io
 import json
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from PIL import Image
@@ -17,7 +20,10 @@ from PIL import Image
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
+from matvae_server.calls import GrpcAdapter
 from matvae_server.card import fingerprint
+from matvae_server.errors import ResourceExhaustedError
+from matvae_server.transport import add_to_server
 
 Stub = pb_grpc.EmbeddingServiceStub
 TIMEOUT = 30
@@ -250,3 +256,32 @@ def test_concurrent_callers_get_their_own_codes(stub: Stub, bundle, images) -> N
         for index, data in zip(range(start, 64, 16), datas, strict=True):
             difference = np.frombuffer(data, "<f4") - np.frombuffer(alone[index], "<f4")
             assert np.abs(difference).max() <= tolerance
+
+
+def test_what_is_refused_unread_leaves_nothing_to_the_garbage_collector() -> None:
+    errors: list[weakref.ref[ResourceExhaustedError]] = []
+
+    class Full(GrpcAdapter):
+        def refusal(self, _method: str) -> ResourceExhaustedError:
+            error = ResourceExhaustedError("full", retry_after=0.001)
+            errors.append(weakref.ref(error))
+            return error
+
+    async def main() -> None:
+        server = grpc.aio.server()
+        add_to_server(Full(None), health.aio.HealthServicer(), server)
+        port = server.add_insecure_port("localhost:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"localhost:{port}") as channel:
+            for _ in range(3):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await pb_grpc.EmbeddingServiceStub(channel).Embed(pb.EmbedRequest(), timeout=60)
+                assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await server.stop(None)
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+        assert [error() for error in errors] == 3 * [None]
+    finally:
+        gc.enable()
