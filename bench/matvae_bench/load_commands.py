@@ -1,4 +1,4 @@
-"""The commands `overload`, `throughput`, `features`, `soak`, `cross-check`, `peers` and `thin-link`.
+"""The commands `overload`, `throughput`, `features`, `changes`, `soak`, `cross-check`, `peers` and `thin-link`.
 
 What they measure is in the modules of these names.
 """
@@ -57,6 +57,14 @@ def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> Non
     features.add_argument("--seconds", type=duration, default=3, help="how long each cell lasts (default 3)")
     features.add_argument("--repeats", type=whole_number(1), default=5, help="of every cell (default 5)")
     _add_common(features)
+
+    changes = add("changes", _changes, "what changes gained: the server before each commit and after it, in turn")
+    changes.add_argument(
+        "commits", nargs="*", metavar="COMMIT", help="of the checkout that this runs from; A..B is B beside A"
+    )
+    changes.add_argument("--seconds", type=duration, default=2, help="how long each cell lasts (default 2)")
+    changes.add_argument("--repeats", type=whole_number(1), default=5, help="of every cell (default 5)")
+    _add_common(changes)
 
     soak = add("soak", _soak, "mixed requests for minutes: memory, failures, and latency by the minute")
     soak.add_argument("--minutes", type=positive, default=10, help="(default 10)")
@@ -157,6 +165,15 @@ def _features(options: argparse.Namespace) -> None:
 
     settings = features.Settings(seconds=options.seconds, repeats=options.repeats)
     _show(options, features, lambda: features.run(settings))
+
+
+def _changes(options: argparse.Namespace) -> None:
+    from matvae_bench import changes
+
+    if not (options.commits or options.earlier):
+        raise BenchmarkError("name a commit whose server is to be compared with the one before it")
+    settings = changes.Settings(commits=tuple(options.commits), seconds=options.seconds, repeats=options.repeats)
+    _show(options, changes, lambda: changes.run(settings))
 
 
 def _soak(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`matvae-bench overload`, `throughput`, `features`, `soak`: small runs of each, and what they say of their results."""
+"""`matvae-bench overload`, `throughput`, `features`, `changes`, `soak`: small runs of each, and what they tell."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from matvae_bench import cli, closed_loop, coalescing, features, machine, overload, payloads, soak, throughput
+from matvae_bench import changes, cli, closed_loop, coalescing, features, machine, overload, payloads, soak, throughput
 from matvae_bench.errors import BenchmarkError
 
 
@@ -166,6 +166,41 @@ def test_a_certificate_for_the_tls_cell(tmp_path: Path) -> None:
     assert "PRIVATE KEY" in key.read_text()
 
 
+def test_a_change_beside_what_was_before_it(monkeypatch, briefly, repository: Path, tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    for part in ("proto", "client", "server"):
+        shutil.copytree(repository / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "Before"], check=True)
+    started = tmp_path / "server" / "matvae_server" / "__init__.py"
+    started.write_text(started.read_text() + '\nimport sys\n\nsys.stderr.write("changed\\n")\n')
+    subprocess.run([*git, "commit", "-qam", "It says so"], check=True)
+    servers = []
+
+    class Noted(changes.ServerProcess):
+        def __init__(self, *arguments, **named) -> None:
+            super().__init__(*arguments, **named)
+            servers.append(self)
+
+    monkeypatch.setattr(changes, "_ROOT", tmp_path)
+    monkeypatch.setattr(changes, "ServerProcess", Noted)
+    results = changes.run(changes.Settings(commits=("HEAD", "HEAD~1..HEAD"), seconds=0.2, repeats=2))
+    assert ["changed" in server.log for server in servers] == 2 * [False, False, True, True]
+    for change in results["changes"]:
+        assert change["subject"] == "It says so"
+        assert change["before"] != change["after"]
+        for cell in change["cells"].values():
+            assert len(cell["before"]) == len(cell["after"]) == 2
+            assert min(cell["before"] + cell["after"]) > 0
+    ((_, headings, rows),) = changes.tables(results)
+    assert all(len(row) == len(headings) for row in rows)
+    results["changes"][0]["cells"]["1 x 1"] = {"before": [100, 200], "after": [110, 240]}
+    assert changes.tables(results)[0][2][0][2] == "1.15 ± 0.07"
+    with pytest.raises(BenchmarkError, match="git rev-parse"):
+        changes.run(changes.Settings(commits=("no-commit",)))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_soak(monkeypatch) -> None:
     monkeypatch.setattr(soak, "SAMPLE_SECONDS", 0.2)
@@ -202,6 +237,7 @@ def test_resident_memory_counts_children(server) -> None:
         ("soak --minutes=-1", "--minutes: must be a number above 0, not '-1'"),
         ("throughput --only nothing", "no cell is called nothing"),
         ("throughput --only encoder --workers 3", "which --only leaves out"),
+        ("changes", "name a commit"),
         ("throughput --workers 2", "must be a whole number of at least 3"),
         ("overload --server x:1 --serve=--threads", "give one of them"),
         ("soak --from README.md", "README.md holds no results of matvae-bench soak"),
