@@ -12,7 +12,9 @@ import asyncio
 import collections
 import dataclasses
 import math
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,12 +23,16 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from matvae_server.config import cores
+
 _ENOUGH = 32  # images, from which a batch gains little by growing
 _LARGE = 8  # images, from which a request is a batch that a CPU computes at nearly its best rate
 _PAUSE_SECONDS = 0.005  # after which a request waits for no other
 _HURRY = 4  # times as long as others may be waited for: whose deadline is nearer than that waits for nobody
 _FORGET_SECONDS = 0.5
 """How long it counts that waiting was in vain."""
+_NICE = 5
+"""How much the encoder yields to the event loop, the transport's threads and their callers on the same cores."""
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Codes: TypeAlias = npt.NDArray[np.float32]
@@ -198,6 +204,7 @@ class Batcher:
         return batch
 
     def _run(self) -> None:
+        _yield_to_others()
         under_way: collections.deque[_Started] = collections.deque()
         ended = 0.0
         while True:
@@ -261,6 +268,16 @@ class Batcher:
         self._handed -= 1
         self._idle_since = time.perf_counter()
         self._look()
+
+
+def _yield_to_others() -> None:
+    """Lower this thread's priority: a batch is milliseconds of a core, a turn of the loop that waits for it is not.
+
+    On a core that it shares with all of them it would starve, where they have many calls to refuse. Of Linux alone a
+    thread has a priority of its own.
+    """
+    if sys.platform == "linux" and cores() > 1:
+        os.nice(_NICE)
 
 
 def _at_once(encode: Callable[[Pixels], Codes]) -> Callable[[Pixels], Callable[[], Codes]]:

@@ -1,6 +1,8 @@
 """The encoder's thread: it coalesces, keeps to its cap, isolates failures, and loses nothing at the end."""
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -363,3 +365,24 @@ def test_the_seconds_of_batches_that_overlap_count_once(monkeypatch: pytest.Monk
     results = asyncio.run(through_a_pipeline(submit, 1, [labelled(0), labelled(1), labelled(2)]))
     assert [result.encode_seconds for result in results] == [1, 1, 1]
     assert [result.queue_seconds for result in results] == [0, 1, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux alone a thread has a priority of its own")
+@pytest.mark.parametrize(("cores", "lower"), [(2, 5), (1, 0)])
+def test_the_encoders_thread_yields_to_the_loop_unless_both_have_one_core(
+    monkeypatch: pytest.MonkeyPatch, cores: int, lower: int
+) -> None:
+    monkeypatch.setattr(batcher, "cores", lambda: cores)
+    priorities: list[int] = []
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, 0))  # of the thread that asks
+        return images[:, 0, 0, :1].astype(np.float32)
+
+    async def main() -> None:
+        encoder = Batcher(encode, max_batch=8)
+        await encoder.encode(labelled(1))
+        await encoder.close()
+
+    asyncio.run(main())
+    assert priorities == [min(os.getpriority(os.PRIO_PROCESS, 0) + lower, 19)]
