@@ -12,4 +12,4 @@ matvae-train fit --dataset fashion-mnist --data-root "$data_root" --threads 1 --
 
 # The bundle: trains, fits heads and quantiser, measures on the test set, and writes the card with all of it.
 matvae-train fit --dataset fashion-mnist --data-root "$data_root" --out "$out" --threads 1 --bfloat16 \
-  --objective mmd-vae-neighbours --neighbours-of "$out-first" --consistency-weight 0.1 "${@:3}"
+  --objective mmd-vae-neighbours --neighbours-of "$out-first" --consistency-weight 0.1 --epochs 60 "${@:3}"
