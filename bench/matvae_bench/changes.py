@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,24 @@ CELLS = ((1, 1), (1, 64), (64, 8))
 """(images a request, requests in flight): closed loops; server and loader run where the system puts them."""
 
 OFFERED = 60_000
-"""Images/s of the open loop, in requests of 64: some three times what one core encodes and serves."""
+"""Images/s of the open loop, in requests of 64: between two and three times what one core encodes and serves."""
 
 _ROOT = Path(__file__).parents[2]
-_PARTS = ("proto", "client", "server")
-_FLAGS = ("--threads", "1")
+_PARTS = ("proto", "server")
 _DEADLINE_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`commits` are compared with their first parents; A..B is B beside A. `seconds` is how long a cell lasts."""
+    """`commits` are compared with their first parents; A..B is B beside A. `seconds` is how long a cell lasts.
+
+    `connections` are those of the closed loops, at most as many as requests are in flight.
+    """
 
     commits: tuple[str, ...]
     seconds: float = 2.0
-    repeats: int = 5
+    repeats: int = 6
+    connections: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,52 +53,73 @@ class _Side:
     pinned: ServerProcess
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings, *, server_flags: Sequence[str] = ()) -> dict[str, Any]:
     """`changes`, one for each commit, whose `cells` hold images/s `before` and `after`, repeat by repeat.
 
-    Raises BenchmarkError where this code runs from no checkout, where a commit is none, and where a server fails.
+    Raises BenchmarkError where this code lies in no checkout, where a commit is none, and where a server fails.
     """
-    pairs = [tuple(map(_short, name.split("..") if ".." in name else (f"{name}^", name))) for name in settings.commits]
+    pairs = [_pair(name) for name in settings.commits]
+    cores = core_pair()
     return {
         "settings": dataclasses.asdict(settings),
+        "server_flags": list(server_flags),
+        "pinned": list(cores) if cores else None,
         "loader": closed_loop.loader(),
-        "changes": [_change(settings, before, after) for before, after in pairs],
+        "changes": [_change(settings, server_flags, *pair) for pair in pairs],
     }
 
 
 def tables(results: dict[str, Any]) -> list[Told]:
     """What each change gained, as a share of what was before; `results` may come out of a file."""
     settings, changes = results["settings"], results["changes"]
-    cells = list(changes[0]["cells"])
+    cells = list(dict.fromkeys(cell for change in changes for cell in change["cells"]))
+    flags = results.get("server_flags")
     title = (
-        f"images/s after a change, as a share of those before it; {results['loader']}, {settings['repeats']} pairs of "
-        f"{settings['seconds']:g} s a cell, mean ± standard deviation"
+        f"images/s after a change, as a share of those before it; {' '.join(flags) + ', ' if flags else ''}"
+        f"{results['loader']}, {settings['repeats']} pairs of {settings['seconds']:g} s a cell, "
+        "mean ± standard deviation"
     )
     rows = []
     for change in changes:
         pairs = [change["cells"][cell] for cell in cells]
-        shares = [[b / a for a, b in zip(pair["before"], pair["after"], strict=True)] for pair in pairs]
+        shares = [[b / a for a, b in zip(pair["before"], pair["after"], strict=True) if a] for pair in pairs]
         rows.append((change["after"], change["subject"], *(spread(share, 2) for share in shares)))
     return [(title, ("commit", "its first line", *cells), rows)]
 
 
-def _change(settings: Settings, before: str, after: str) -> dict[str, Any]:
+def _pair(name: str) -> tuple[str, str, str]:
+    """What was before, what is after, and what to call the step between them."""
+    start, dots, end = name.partition("..")
+    if dots:
+        before, after = _short(start or "HEAD"), _short(end or "HEAD")
+        return before, after, f"{_git('rev-list', '--count', f'{before}..{after}').strip()} commits since {before}"
+    after = _short(name)
+    try:
+        before = _short(f"{after}^")
+    except BenchmarkError:
+        raise BenchmarkError(f"{name} has no parent here: a first commit, or a shallow clone; name A..B") from None
+    return before, after, _git("log", "-1", "--format=%s", after).strip().replace("|", "/")
+
+
+def _change(settings: Settings, flags: Sequence[str], before: str, after: str, subject: str) -> dict[str, Any]:
     cells: dict[str, dict[str, list[float]]] = {}
     with contextlib.ExitStack() as stack:
-        sides = {name: stack.enter_context(_servers(tree)) for name, tree in (("before", before), ("after", after))}
+        trees = (("before", before), ("after", after))
+        sides = {name: stack.enter_context(_servers(tree, flags)) for name, tree in trees}
         for repeat in range(settings.repeats):
             print(f"{after}: {repeat + 1}/{settings.repeats}", file=sys.stderr, flush=True)
             order = list(sides) if repeat % 2 else list(reversed(sides))
             for images, in_flight in CELLS:
                 cell = cells.setdefault(f"{images} x {in_flight}", {"before": [], "after": []})
+                connections = min(settings.connections, in_flight)
                 for name in order:
-                    measured = served(sides[name].free.address, images, in_flight, seconds=settings.seconds)
+                    measured = served(
+                        sides[name].free.address, images, in_flight, seconds=settings.seconds, connections=connections
+                    )
                     cell[name].append(measured["images_per_second"])
             cell = cells.setdefault("overloaded, 64", {"before": [], "after": []})
             for name in order:
                 cell[name].append(_overloaded(sides[name].pinned, settings.seconds, seed=repeat))
-    between = int(_git("rev-list", "--count", f"{before}..{after}"))
-    subject = _git("log", "-1", "--format=%s", after).strip() if between == 1 else f"{between} commits since {before}"
     return {"before": before, "after": after, "subject": subject, "cells": cells}
 
 
@@ -110,17 +134,21 @@ def _overloaded(server: ServerProcess, seconds: float, *, seed: int) -> float:
 
 
 @contextlib.contextmanager
-def _servers(revision: str) -> Iterator[_Side]:
+def _servers(revision: str, flags: Sequence[str]) -> Iterator[_Side]:
     """Servers of the code as it was then, in today's environment."""
-    cores = core_pair()
+    flags, cores = ("--threads", "1", *flags), core_pair()
     with contextlib.ExitStack() as stack:
         tree = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="matvae-tree-")))
         with tarfile.open(fileobj=io.BytesIO(_git_bytes("archive", revision, *_PARTS))) as archive:
             archive.extractall(tree, filter="data")
-        environment = {"PYTHONPATH": os.pathsep.join(str(tree / part) for part in _PARTS)}
-        free = stack.enter_context(ServerProcess(*_FLAGS, environment=environment))
+        found = [str(tree / part) for part in _PARTS]
+        environment = {
+            "PYTHONPATH": os.pathsep.join([*found, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONSAFEPATH": "1",  # else the folder that this runs in would come first, and may hold today's code
+        }
+        free = stack.enter_context(ServerProcess(*flags, environment=environment))
         with on_core(cores[0] if cores else None):
-            pinned = ServerProcess(*_FLAGS, environment=environment)
+            pinned = ServerProcess(*flags, environment=environment)
         yield _Side(free=free, pinned=stack.enter_context(pinned))
 
 
@@ -139,4 +167,4 @@ def _git_bytes(*arguments: str) -> bytes:
         raise BenchmarkError(f"git is needed to see what was before a commit: {error}") from None
     except subprocess.CalledProcessError as error:
         says = first_line(error.stderr.decode(errors="replace"))
-        raise BenchmarkError(f"git {' '.join(arguments)}: {says} (this is for a checkout of matvae)") from None
+        raise BenchmarkError(f"git {' '.join(arguments)}: {says} (this needs a checkout of matvae)") from None

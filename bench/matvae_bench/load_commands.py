@@ -58,13 +58,17 @@ def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> Non
     features.add_argument("--repeats", type=whole_number(1), default=5, help="of every cell (default 5)")
     _add_common(features)
 
-    changes = add("changes", _changes, "what changes gained: the server before each commit and after it, in turn")
+    changes = add("changes", _changes, "what commits gained: the server before each and after it, in turn")
     changes.add_argument(
-        "commits", nargs="*", metavar="COMMIT", help="of the checkout that this runs from; A..B is B beside A"
+        "commits",
+        nargs="*",
+        metavar="COMMIT",
+        help="against its first parent; A..B is B against A. Of the checkout that matvae-bench was installed from",
     )
     changes.add_argument("--seconds", type=duration, default=2, help="how long each cell lasts (default 2)")
-    changes.add_argument("--repeats", type=whole_number(1), default=5, help="of every cell (default 5)")
-    _add_common(changes)
+    changes.add_argument("--repeats", type=whole_number(1), default=6, help="of every cell (default 6)")
+    changes.add_argument("--connections", type=whole_number(1), default=1, help="of the closed loops (default 1)")
+    _add_common(changes, serve=True)
 
     soak = add("soak", _soak, "mixed requests for minutes: memory, failures, and latency by the minute")
     soak.add_argument("--minutes", type=positive, default=10, help="(default 10)")
@@ -170,10 +174,15 @@ def _features(options: argparse.Namespace) -> None:
 def _changes(options: argparse.Namespace) -> None:
     from matvae_bench import changes
 
-    if not (options.commits or options.earlier):
-        raise BenchmarkError("name a commit whose server is to be compared with the one before it")
-    settings = changes.Settings(commits=tuple(options.commits), seconds=options.seconds, repeats=options.repeats)
-    _show(options, changes, lambda: changes.run(settings))
+    if bool(options.commits) == bool(options.earlier):
+        raise BenchmarkError("name commits whose servers are to be compared with those before, or a file with --from")
+    settings = changes.Settings(
+        commits=tuple(options.commits),
+        seconds=options.seconds,
+        repeats=options.repeats,
+        connections=options.connections,
+    )
+    _show(options, changes, lambda: changes.run(settings, server_flags=options.serve))
 
 
 def _soak(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import math
 import os
@@ -277,7 +278,8 @@ def _yield_to_others() -> None:
     thread has a priority of its own.
     """
     if sys.platform == "linux" and cores() > 1:
-        os.nice(_NICE)
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.nice(_NICE)
 
 
 def _at_once(encode: Callable[[Pixels], Codes]) -> Callable[[Pixels], Callable[[], Codes]]:

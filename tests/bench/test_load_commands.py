@@ -168,8 +168,9 @@ def test_a_certificate_for_the_tls_cell(tmp_path: Path) -> None:
 
 def test_a_change_beside_what_was_before_it(monkeypatch, briefly, repository: Path, tmp_path: Path) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    git += ["-c", "commit.gpgsign=false", "-c", "core.hooksPath=/dev/null"]
     subprocess.run([*git, "init", "-q"], check=True)
-    for part in ("proto", "client", "server"):
+    for part in ("proto", "server"):
         shutil.copytree(repository / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "Before"], check=True)
@@ -185,20 +186,28 @@ def test_a_change_beside_what_was_before_it(monkeypatch, briefly, repository: Pa
 
     monkeypatch.setattr(changes, "_ROOT", tmp_path)
     monkeypatch.setattr(changes, "ServerProcess", Noted)
-    results = changes.run(changes.Settings(commits=("HEAD", "HEAD~1..HEAD"), seconds=0.2, repeats=2))
+    monkeypatch.chdir(repository / "server")  # today's code lies here
+    settings = changes.Settings(commits=("HEAD", "HEAD~1.."), seconds=0.2, repeats=2, connections=8)
+    results = changes.run(settings, server_flags=("--max-batch", "32"))
     assert ["changed" in server.log for server in servers] == 2 * [False, False, True, True]
+    assert results["changes"][0]["subject"] == "It says so"
+    assert results["changes"][1]["subject"] == f"1 commits since {results['changes'][0]['before']}"
     for change in results["changes"]:
-        assert change["subject"] == "It says so"
         assert change["before"] != change["after"]
         for cell in change["cells"].values():
             assert len(cell["before"]) == len(cell["after"]) == 2
             assert min(cell["before"] + cell["after"]) > 0
     ((_, headings, rows),) = changes.tables(results)
     assert all(len(row) == len(headings) for row in rows)
-    results["changes"][0]["cells"]["1 x 1"] = {"before": [100, 200], "after": [110, 240]}
-    assert changes.tables(results)[0][2][0][2] == "1.15 ± 0.07"
-    with pytest.raises(BenchmarkError, match="git rev-parse"):
-        changes.run(changes.Settings(commits=("no-commit",)))
+    results["changes"][0]["cells"]["1 x 1"] = {"before": [100, 200, 0], "after": [110, 240, 9]}
+    assert changes.tables(results)[0][2][0][2] == "1.15 ± 0.07", "of what was 0 nothing is a share"
+    for name, says in (
+        ("no-commit", "git rev-parse"),
+        ("HEAD~1", "HEAD~1 has no parent"),
+        ("HEAD...HEAD", "rev-parse"),
+    ):
+        with pytest.raises(BenchmarkError, match=says):
+            changes.run(changes.Settings(commits=(name,)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
@@ -237,7 +246,8 @@ def test_resident_memory_counts_children(server) -> None:
         ("soak --minutes=-1", "--minutes: must be a number above 0, not '-1'"),
         ("throughput --only nothing", "no cell is called nothing"),
         ("throughput --only encoder --workers 3", "which --only leaves out"),
-        ("changes", "name a commit"),
+        ("changes", "name commits"),
+        ("changes HEAD --from x.json", "name commits"),
         ("throughput --workers 2", "must be a whole number of at least 3"),
         ("overload --server x:1 --serve=--threads", "give one of them"),
         ("soak --from README.md", "README.md holds no results of matvae-bench soak"),

@@ -171,6 +171,7 @@ def test_the_few_shot_table(repository: Path, results: dict[str, Any]) -> None:
         ("overload", "overload-1"),
         ("features", "features"),
         ("changes", "changes"),
+        ("changes", "changes-2"),
         ("soak", "soak"),
     ],
 )

@@ -367,6 +367,22 @@ def test_the_seconds_of_batches_that_overlap_count_once(monkeypatch: pytest.Monk
     assert [result.queue_seconds for result in results] == [0, 1, 2]
 
 
+def test_an_encoder_that_may_not_yield_encodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(_increment: int) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "nice", forbidden)
+    monkeypatch.setattr(batcher, "cores", lambda: 2)
+
+    async def main() -> Encoded:
+        encoder = Batcher(lambda images: images[:, 0, 0, :1].astype(np.float32), max_batch=8)
+        found = await asyncio.wait_for(encoder.encode(labelled(1)), 30)
+        await encoder.close()
+        return found
+
+    assert asyncio.run(main()).codes.tolist() == [[1]]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux alone a thread has a priority of its own")
 @pytest.mark.parametrize(("cores", "lower"), [(2, 5), (1, 0)])
 def test_the_encoders_thread_yields_to_the_loop_unless_both_have_one_core(

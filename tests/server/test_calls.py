@@ -22,7 +22,8 @@ from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_server.calls import GrpcAdapter
 from matvae_server.card import fingerprint
-from matvae_server.errors import ResourceExhaustedError
+from matvae_server.errors import ResourceExhaustedError, ServiceError, UnauthenticatedError
+from matvae_server.security import TokenInterceptor, Tokens
 from matvae_server.transport import add_to_server
 
 Stub = pb_grpc.EmbeddingServiceStub
@@ -258,17 +259,26 @@ def test_concurrent_callers_get_their_own_codes(stub: Stub, bundle, images) -> N
             assert np.abs(difference).max() <= tolerance
 
 
-def test_what_is_refused_unread_leaves_nothing_to_the_garbage_collector() -> None:
-    errors: list[weakref.ref[ResourceExhaustedError]] = []
+@pytest.mark.parametrize("stranger", [False, True])
+def test_what_is_refused_unread_leaves_nothing_to_the_garbage_collector(stranger: bool) -> None:
+    errors: list[weakref.ref[ServiceError]] = []
 
     class Full(GrpcAdapter):
-        def refusal(self, _method: str) -> ResourceExhaustedError:
+        def refusal(self, _method: str) -> ServiceError:
             error = ResourceExhaustedError("full", retry_after=0.001)
             errors.append(weakref.ref(error))
             return error
 
+    class Closed(Tokens):
+        def __init__(self) -> None: ...
+
+        def check(self, metadata: object) -> None:
+            error = UnauthenticatedError("no token")
+            errors.append(weakref.ref(error))
+            raise error
+
     async def main() -> None:
-        server = grpc.aio.server()
+        server = grpc.aio.server(interceptors=(TokenInterceptor(Closed()),) if stranger else ())
         add_to_server(Full(None), health.aio.HealthServicer(), server)
         port = server.add_insecure_port("localhost:0")
         await server.start()
@@ -276,7 +286,8 @@ def test_what_is_refused_unread_leaves_nothing_to_the_garbage_collector() -> Non
             for _ in range(3):
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
                     await pb_grpc.EmbeddingServiceStub(channel).Embed(pb.EmbedRequest(), timeout=60)
-                assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                expected = grpc.StatusCode.UNAUTHENTICATED if stranger else grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert refused.value.code() is expected
         await server.stop(None)
 
     gc.disable()
