@@ -183,7 +183,7 @@ def test_the_better_head_is_taken_for_head(card: ModelCard, client: EmbeddingCli
     ("budget", "says", "nearest"),
     [
         (Budget(vectors=1e6, total_bytes=5e5), r"nothing fits 500,000 bytes for 1,000,000 vectors: the smallest", 1),
-        (Budget(min_accuracy=1, metric="mlp"), r"nothing reaches 100.0 % mlp: the best measured is 64-d", 64),
+        (Budget(min_accuracy=1, metric="mlp"), r"nothing reaches 100.0 % mlp: the best measured is 128-d", 128),
         (Budget(min_accuracy=0.84, bytes_per_vector=2), r"what fits reaches at most \d\d\.\d %, with", 3),
     ],
 )
