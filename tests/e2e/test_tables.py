@@ -172,6 +172,7 @@ def test_the_few_shot_table(repository: Path, results: dict[str, Any]) -> None:
         ("features", "features"),
         ("changes", "changes"),
         ("changes", "changes-2"),
+        ("changes", "changes-3"),
         ("soak", "soak"),
     ],
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from matvae_server.card import NetworkConfig
 from matvae_server.network import MatVae
-from matvae_training import device
+from matvae_training import allocator, device
 from matvae_training.checkpoint import Checkpoint
 from matvae_training.config import FitConfig, FitError
 from matvae_training.neighbours import Points, leading_components, nearest_images, partners_of
@@ -156,41 +156,42 @@ def train(
         if stopping:
             held_nearest = nearest_images(stopping.validation.images, count, points_of or leading_components)
     started = time.perf_counter()
-    for step in range(done + 1, steps + 1):
-        if stopping and stopping.stops:
-            break
-        position, ends = (step - 1) % per_epoch, step % per_epoch == 0
-        if position == 0:
-            order = torch.randperm(len(images)).to(where)
-        rows = order[position * size :][:size]
-        # Before the step, not in it: a CUDA graph writes to where the last gradients lay.
-        optimiser.zero_grad()
-        # A compiled step takes it as a tensor: each number would be compiled anew.
-        progress = torch.full((), (step - 1) / steps, device=where) if config.compile else (step - 1) / steps
-        partners = None if nearest is None else partners_of(images, nearest, rows)
-        batch_labels = None if labels is None else labels[rows]
-        costs = compute(model, images[rows], batch_labels, progress, objective.draw(), partners=partners)
-        if where.type == "cpu" or ends or step % device.LOOK_EVERY == 0:
-            _check_finite(costs, step, checkpoint)
-        costs.loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        schedule.step()
-        validation_loss = stopping.see(objective, model, size, held_nearest) if stopping and ends else None
-        elapsed = time.perf_counter() - started
-        report(
-            Progress(
-                epoch=(step - 1) // per_epoch + 1,
-                step=step,
-                steps=steps,
-                steps_per_epoch=per_epoch,
-                images_per_second=(step - done) * size / elapsed,
-                seconds_left=elapsed / (step - done) * (steps - step),
-                terms=costs,
-                validation_loss=validation_loss,
+    with allocator.kept():
+        for step in range(done + 1, steps + 1):
+            if stopping and stopping.stops:
+                break
+            position, ends = (step - 1) % per_epoch, step % per_epoch == 0
+            if position == 0:
+                order = torch.randperm(len(images)).to(where)
+            rows = order[position * size :][:size]
+            # Before the step, not in it: a CUDA graph writes to where the last gradients lay.
+            optimiser.zero_grad()
+            # A compiled step takes it as a tensor: each number would be compiled anew.
+            progress = torch.full((), (step - 1) / steps, device=where) if config.compile else (step - 1) / steps
+            partners = None if nearest is None else partners_of(images, nearest, rows)
+            batch_labels = None if labels is None else labels[rows]
+            costs = compute(model, images[rows], batch_labels, progress, objective.draw(), partners=partners)
+            if where.type == "cpu" or ends or step % device.LOOK_EVERY == 0:
+                _check_finite(costs, step, checkpoint)
+            costs.loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+            validation_loss = stopping.see(objective, model, size, held_nearest) if stopping and ends else None
+            elapsed = time.perf_counter() - started
+            report(
+                Progress(
+                    epoch=(step - 1) // per_epoch + 1,
+                    step=step,
+                    steps=steps,
+                    steps_per_epoch=per_epoch,
+                    images_per_second=(step - done) * size / elapsed,
+                    seconds_left=elapsed / (step - done) * (steps - step),
+                    terms=costs,
+                    validation_loss=validation_loss,
+                )
             )
-        )
-        if checkpoint and ends:
-            checkpoint.save(step, *stateful, stopping=stopping)
+            if checkpoint and ends:
+                checkpoint.save(step, *stateful, stopping=stopping)
     if stopping:
         stopping.restore(model)
     model.eval()
