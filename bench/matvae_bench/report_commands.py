@@ -80,9 +80,16 @@ def _report(options: argparse.Namespace) -> None:
 def _with(results: dict[str, Any], kept: dict[str, Any], path: Path) -> dict[str, Any]:
     """The results, and the sections of another run that they lack."""
     from matvae_bench.report import MEASURED
+    from matvae_bench.report.page import earlier_runs
 
     names = [name for name in MEASURED if name in kept and name not in results]
-    told = {"sections": names, "file": path.name} | {key: kept[key] for key in ("date", "commit", "command")}
+    own = {"file": path.name} | {key: kept[key] for key in ("date", "commit", "command")}
+    told: list[dict[str, Any]] = []
+    for name in names:  # what that run kept itself is of the run that measured it
+        origin = next((one for one in earlier_runs(kept) if name in one["sections"]), own)
+        if not told or told[-1]["file"] != origin["file"]:
+            told.append(origin | {"sections": []})
+        told[-1]["sections"].append(name)
     seconds = {name: kept["section_seconds"][name] for name in names} | results["section_seconds"]
     return results | {name: kept[name] for name in names} | {"section_seconds": seconds, "kept": told}
 

@@ -179,8 +179,12 @@ def test_sections_of_an_earlier_run_are_kept_and_said_to_be(anatomy_alone: Path,
     assert cli.main(command) == 0
     written = json.loads(now.read_text())
     assert written["anatomy"] == earlier["anatomy"]
-    assert written["kept"]["sections"] == ["anatomy"]
+    assert [run["sections"] for run in written["kept"]] == [["anatomy"]]
     assert f"| of an earlier run | anatomy: first.json, {earlier['date']}" in out.read_text()
+    third = tmp_path / "third.json"
+    third.write_text(json.dumps({key: value for key, value in written.items() if key not in ("anatomy", "kept")}))
+    assert cli.main(["report", "--from", str(third), "--keep", str(now), "--page", str(out)]) == 0
+    assert json.loads(third.read_text())["kept"] == written["kept"], "of the run that measured it"
 
 
 def test_a_section_that_one_run_did_not_measure_is_not_compared(

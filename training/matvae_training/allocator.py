@@ -19,9 +19,9 @@ def keep_memory() -> bool:
     """Have steps keep what they free; returns whether they will.
 
     By itself glibc maps blocks of 32 MB and more anew each time, and the system then clears every page of them: a fifth
-    to a quarter of a training step on 512 photos ("Cost" in the README). It is for the whole process, so a command asks
-    for it, and no library. Who sets a MALLOC_ variable, or glibc's tunables of malloc, has said what they want; other C
-    libraries have no such thing.
+    to a quarter of a training step on 512 photos ("Cost" in the README). It is for the whole process while steps last,
+    so a command asks for it, and no library. Who sets a MALLOC_ variable, or glibc's tunables of malloc, has said what
+    they want; other C libraries have no such thing.
     """
     global _asked  # noqa: PLW0603 - there is one allocator
     told = any(name.startswith("MALLOC_") for name in os.environ)

@@ -1,4 +1,4 @@
-"""`matvae-bench report`: the evidence, measured in one run on one machine, as JSON, and a page made from it.
+"""`matvae-bench report`: the evidence, measured on one machine, as JSON, and a page made from it.
 
 quality    accuracy and recall against dimensions, each bundle and precision, beside reference lines
 front      the Pareto front of accuracy against bytes, out of the same numbers

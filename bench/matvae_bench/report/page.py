@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from matvae_bench.output import markdown_table
 from matvae_bench.report import agreement
@@ -56,7 +57,7 @@ def render(sections: Sequence[Section], results: Results, links: Links, second: 
 
 def _head(results: Results, links: Links) -> list[str]:
     told = [
-        "`matvae-bench report` measured what stands here, in one run on one machine, and wrote "
+        "`matvae-bench report` measured what stands here, on one machine, and wrote "
         f"[{Path(links.raw).name}]({links.raw}) and this page. Every figure is a function of that file: "
         "`matvae-bench report --from FILE` writes the page again, and a test compares."
     ]
@@ -66,11 +67,20 @@ def _head(results: Results, links: Links) -> list[str]:
 
 
 def _kept(results: Results) -> list[tuple[str, str]]:
-    """What an earlier run measured."""
-    if not (kept := results.get("kept")):
-        return []
-    names = ", ".join(kept["sections"])
-    return [("of an earlier run", f"{names}: {kept['file']}, {kept['date']}, `{kept['commit']}`, `{kept['command']}`")]
+    """What earlier runs measured."""
+    return [
+        (
+            "of an earlier run",
+            f"{', '.join(run['sections'])}: {run['file']}, {run['date']}, `{run['commit']}`, `{run['command']}`",
+        )
+        for run in earlier_runs(results)
+    ]
+
+
+def earlier_runs(results: Results) -> list[dict[str, Any]]:
+    """The runs whose sections these results have taken over: `sections`, and where they are from."""
+    kept = results.get("kept", [])
+    return [kept] if isinstance(kept, dict) else kept  # files of one run had one
 
 
 def _where(results: Results, links: Links) -> list[str]:
