@@ -73,11 +73,11 @@ def tables(results: dict[str, Any]) -> list[Told]:
     """What each change gained, as a share of what was before; `results` may come out of a file."""
     settings, changes = results["settings"], results["changes"]
     cells = list(dict.fromkeys(cell for change in changes for cell in change["cells"]))
-    flags = results.get("server_flags")
+    how = [" ".join(flags)] if (flags := results.get("server_flags")) else []
+    how += [f"{count} connections"] if (count := settings.get("connections", 1)) > 1 else []
     title = (
-        f"images/s after a change, as a share of those before it; {' '.join(flags) + ', ' if flags else ''}"
-        f"{results['loader']}, {settings['repeats']} pairs of {settings['seconds']:g} s a cell, "
-        "mean ± standard deviation"
+        f"images/s after a change, as a share of those before it; {', '.join([*how, results['loader']])}, "
+        f"{settings['repeats']} pairs of {settings['seconds']:g} s a cell, mean ± standard deviation"
     )
     rows = []
     for change in changes:
