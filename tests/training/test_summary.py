@@ -24,10 +24,11 @@ def variant(card, *, seed=0, prefixes=None, add=0.0, epochs=20, weights=None, fi
     prefixes = prefixes or card.network.prefixes
     config = json.loads(card.provenance["config"]) | {"seed": seed, "epochs": epochs}
     config["prefix_weights"] = weights or config["prefix_weights"]
+    known = {key: each for key, each in card.provenance.items() if key != summary.SAW_LABELS}  # the recipe says it
     changed = dataclasses.replace(
         card,
         fingerprint=fingerprint * 64,
-        provenance={**card.provenance, "config": json.dumps(config)},
+        provenance={**known, "config": json.dumps(config)},
         metrics=tuple(
             dataclasses.replace(metric, value=metric.value + add)
             for metric in card.metrics
