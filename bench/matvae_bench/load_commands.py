@@ -241,6 +241,8 @@ def _show(options: argparse.Namespace, module: ModuleType, run: Callable[[], dic
         try:
             results: dict[str, Any] = json.loads(options.earlier.read_text())
             tables = module.tables(results)
+        except OSError as error:
+            raise BenchmarkError(f"cannot read {options.earlier}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
             command = module.__name__.rpartition(".")[2].replace("_", "-")
             raise BenchmarkError(f"{options.earlier} holds no results of matvae-bench {command}") from None

@@ -250,6 +250,7 @@ def test_resident_memory_counts_children(server) -> None:
         ("changes HEAD --from x.json", "name commits"),
         ("throughput --workers 2", "must be a whole number of at least 3"),
         ("overload --server x:1 --serve=--threads", "give one of them"),
+        ("soak --from no-file.json", "cannot read no-file.json: No such file or directory"),
         ("soak --from README.md", "README.md holds no results of matvae-bench soak"),
     ],
 )
