@@ -365,7 +365,7 @@ def test_steps_keep_memory_unless_the_environment_says_how_to_allocate(told):
 
 
 def test_memory_is_kept_in_steps_alone(monkeypatch):
-    """Kept in a search for neighbours, hardly a block fits the next: 14 GB for 60,000 images."""
+    """Kept in a search for neighbours, hardly a block that was freed fits the next."""
     told, search = [], training.nearest_images
 
     @contextlib.contextmanager

@@ -35,7 +35,7 @@ def kept() -> Iterator[None]:
     """While it lasts, what is freed is kept, if `keep_memory` has asked for it; given back to the system at the end.
 
     For steps alone, which are all alike. Where blocks of many sizes take turns, as in a search for neighbours, a kept
-    one seldom fits what is asked for next, and the process grows by as much as is computed: 14 GB for 60,000 images.
+    one seldom fits what is asked for next, and the process grows by as much as is computed.
     """
     if not _asked:
         yield
