@@ -236,7 +236,7 @@ def _write_page(options: argparse.Namespace, module: ModuleType, results: dict[s
 
 
 def _show(options: argparse.Namespace, module: ModuleType, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Measure, or read what was measured; print the module's tables of it, and save it."""
+    """Measure and save, or read what was measured; print the module's tables of it."""
     if options.earlier:
         try:
             results: dict[str, Any] = json.loads(options.earlier.read_text())
@@ -248,9 +248,8 @@ def _show(options: argparse.Namespace, module: ModuleType, run: Callable[[], dic
             raise BenchmarkError(f"{options.earlier} holds no results of matvae-bench {command}") from None
     else:
         results = run()
+        save(options.out, results)  # first: what took minutes is not lost to a table that fails
         tables = module.tables(results)
     for title, headings, rows in tables:
         (print_markdown if options.markdown else print_table)(title, headings, rows)
-    if not options.earlier:
-        save(options.out, results)
     return results

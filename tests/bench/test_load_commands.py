@@ -211,6 +211,14 @@ def test_a_change_beside_what_was_before_it(monkeypatch, briefly, repository: Pa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_what_was_measured_outlives_tables_that_fail(monkeypatch, tmp_path: Path) -> None:
+    out = tmp_path / "soak.json"
+    monkeypatch.setattr(soak, "run", lambda *_, **__: {"measured": 1})
+    with pytest.raises(KeyError):
+        cli.main(["soak", "--out", str(out)])
+    assert json.loads(out.read_text())["measured"] == 1
+
+
 def test_soak(monkeypatch) -> None:
     monkeypatch.setattr(soak, "SAMPLE_SECONDS", 0.2)
     monkeypatch.setattr(soak, "_PROBES", (40,))
