@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 
 from matvae_server import bundle, card, runtimes
 from matvae_server.network import MatVae
-from matvae_training import arguments, cli, data, provenance
+from matvae_training import arguments, cli, data, pipeline, provenance
 from matvae_training.config import DataError
 from matvae_training.export import TOLERANCE, session
 from matvae_training.probes import classify
@@ -121,8 +122,8 @@ def test_neighbours_by_the_codes_of_another_bundle(fitted, data_root, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"data_sha256": "0" * 64}, "is of other data: its data_sha256"),
-        ({"split": "train on 500, evaluate on 100 (validation)"}, "is of other data: its split"),
+        ({"data_sha256": "0" * 64}, "is of other data or another split: its data_sha256"),
+        ({"n_train": "500"}, "is of other data or another split: its n_train is 500, not 600"),
         ({"config": json.dumps({"objective": {"heads": "untied"}})}, "learned from labels"),
         ({"config": json.dumps({"objective": {"augmentation": "digits"}})}, "learned from augmented views"),
     ],
@@ -253,6 +254,7 @@ def fit(data_root, out, *more, dataset="fashion-mnist"):
         (("--conv-channels", "32,x"), "--conv-channels: must be whole numbers separated by commas, not '32,x'"),
         (("--dataset", "cifar"), "cifar"),
         (("--objective", "gan"), "gan"),
+        (("--seed", "99999999999999999999"), "--seed: must be below 2**63"),
         (("--prefixes", "2,x"), "--prefixes: must be whole numbers separated by commas, not '2,x'"),
     ],
 )
@@ -274,6 +276,7 @@ def test_arguments_that_are_no_numbers_are_refused_by_name(data_root, tmp_path, 
         (("--prefixes", "8,4"), "prefixes must ascend"),
         (("--prefixes", "8,16", "--dimensions", "8"), "prefixes must end with dimensions=8"),
         (("--divergence-weight", "nan"), "divergence_weight"),
+        (("--prefix-weights", "0,0,0,0,0,0,0"), "prefix_weights must not all be 0"),
         (("--reconstruction", "none"), "needs a reconstruction, heads or a contrast"),
         (("--lr", "1e30", "--batch-size", "64"), "step 2: the reconstruction of prefix"),
     ],
@@ -417,6 +420,39 @@ def test_principal_components_are_a_bundle_like_any_other(data_root, tmp_path, o
     assert np.abs(np.cov(codes.T)[0, 1]) < 0.3 * np.cov(codes.T)[1, 1], "coordinates do not correlate"
 
 
+def test_a_model_that_stopped_early_is_ordered_and_lends_its_neighbours(data_root, tmp_path):
+    few = ("--epochs", "2", "--batch-size", "64", "--prefixes", "2,4,8", "--conv-channels", "8", "--threads", "1")
+    held = ("--validation", "100")
+    assert fit(data_root, tmp_path / "plain", *few, *held, "--patience", "1", "--no-ordered") == 0
+    words = ["--dataset", "fashion-mnist", "--data-root", str(data_root), *held]
+    assert cli.main(["order", str(tmp_path / "plain"), *words, "--out", str(tmp_path / "ordered")]) == 0
+    plain, ordered = (bundle.load(tmp_path / name).card for name in ("plain", "ordered"))
+    for key in ("split", "stopped"):
+        assert ordered.provenance[key] == plain.provenance[key]
+    assert {metric.split for metric in ordered.metrics} == {"test"}, "the held-out images chose the weights"
+    second = ("--objective", "mmd-vae-neighbours", "--neighbours-of", str(tmp_path / "plain"))
+    assert fit(data_root, tmp_path / "second", *few, *held, *second) == 0
+
+
+def test_a_class_of_the_held_out_images_alone(data_root, tmp_path, monkeypatch):
+    def hold_out(split, count, seed):
+        last = split.labels == 9
+        return data.Split(images=split.images[~last], labels=split.labels[~last]), data.Split(
+            images=split.images[last], labels=split.labels[last]
+        )
+
+    monkeypatch.setattr(pipeline, "hold_out", hold_out)
+    few = ("--epochs", "1", "--batch-size", "60", "--prefixes", "2,4", "--conv-channels", "8", "--objective", "mrl")
+    assert fit(data_root, tmp_path / "out", *few, "--validation", "60", "--patience", "1") == 0
+
+
+def test_a_resumed_run_does_not_say_that_it_took_no_time(data_root, tmp_path):
+    few = ("--epochs", "1", "--batch-size", "64", "--prefixes", "2,4", "--conv-channels", "8")
+    for more in ((), ("--resume",)):
+        assert fit(data_root, tmp_path / "out", *few, "--run", str(tmp_path / "run"), *more) == 0
+    assert re.fullmatch(r"\d+ to fit from step 9 on", bundle.load(tmp_path / "out").card.provenance["seconds"])
+
+
 def test_more_principal_components_than_pixels_are_refused(data_root, tmp_path, capsys):
     words = ["pca", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
     assert cli.main([*words, "--prefixes", "2,800"]) == 2
@@ -434,8 +470,11 @@ def test_a_bundle_is_ordered_without_training_it_anew(data_root, tmp_path, capsy
         return cli.main(["order", str(tmp_path / "plain"), *words, *more])
 
     assert run("--validation", "100") == 2
-    assert "is of other data: its split is train on 600" in capsys.readouterr().err
+    assert "is of other data or another split: its split is train on 600" in capsys.readouterr().err
     assert run("--threads", "1") == 0
+    again = ["--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "twice")]
+    assert cli.main(["order", str(tmp_path / "ordered"), *again]) == 2
+    assert "is ordered already" in capsys.readouterr().err, "each taper buys recall with a flatter code"
     ordered = bundle.load(tmp_path / "ordered")
     assert ordered.card.fingerprint != trained.card.fingerprint
     assert ordered.card.provenance["command"] == trained.card.provenance["command"]

@@ -92,6 +92,20 @@ def test_a_damaged_member_of_a_zip_is_an_unreadable_file(files, tmp_path):
     assert "Bad CRC-32" in read_folder(path, SHAPE).unreadable["train/ant/0.png"]
 
 
+@pytest.mark.parametrize(
+    ("offset", "value", "says"),
+    [(8, b"\x01\x00", "encrypted"), (10, b"\x63\x00", "compression"), (24, b"\xff\xff\xff\x7f", "2,147,483,647 bytes")],
+)
+def test_a_member_that_cannot_be_or_must_not_be_unpacked_is_an_unreadable_file(files, tmp_path, offset, value, says):
+    path = pack(tmp_path / "images.zip", files)
+    content = bytearray(path.read_bytes())
+    central = content.index(b"PK\x01\x02")  # the record of the first file: flags, method, size unpacked
+    content[central + offset : central + offset + len(value)] = value
+    path.write_bytes(content)
+    (told,) = read_folder(path, SHAPE).unreadable.values()
+    assert says in told
+
+
 def only(files, *classes):
     return {name: content for name, content in files.items() if name.split("/")[1] in classes}
 

@@ -64,6 +64,16 @@ def test_heads_solve_what_is_separable(measured):
         assert head.layers[0][0].shape[1] == head.dimensions
 
 
+@pytest.mark.parametrize("config", [LOGISTIC, MLP], ids=["logistic", "mlp"])
+def test_heads_of_few_images_are_trained_to_their_end(config):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    codes = torch.randn(60, 2, generator=generator) + 4 * torch.nn.functional.one_hot(labels, 3)[:, :2]
+    (head,) = train_heads(codes, labels, (2,), 3, config).values()
+    right = (classify(head, codes) == labels).double().mean().item()
+    assert right > 0.95, "what is separable is separated, though an epoch is one step"
+
+
 def test_a_dimension_that_never_moves_has_a_positive_scale_and_a_range():
     codes, labels = separable(90, 0)
     codes[:, 1] = 3.0

@@ -16,7 +16,7 @@ from matvae_training.crossvalidation import cross_validate, folds
 from matvae_training.data import Split
 from matvae_training.probes import LOGISTIC, MLP, classify, train_folds, train_heads
 
-QUICK = tuple(dataclasses.replace(probe, epochs=2) for probe in (LOGISTIC, MLP))
+QUICK = tuple(dataclasses.replace(probe, epochs=2, least_steps=0) for probe in (LOGISTIC, MLP))
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,18 @@ def test_evaluate_over_folds_prints_and_writes(pca, data_root, tmp_path, capsys,
             assert score["std"] == pytest.approx(np.std(score["values"], ddof=1), abs=1e-5)
     knn = written["scores"]["knn"]["8"]
     assert f"{100 * knn['mean']:.2f} ± {100 * knn['std']:.2f}" in re.search(r"^knn .*", printed, re.MULTILINE).group()
+
+
+def test_evaluate_of_what_cannot_be_is_refused_before_encoding(pca, data_root, tmp_path, capsys):
+    words = ["evaluate", str(pca), "--data-root", str(data_root)]
+    for more, message in (
+        (["--folds", "691"], "690 images cannot be cut into 691"),
+        (["--out", str(tmp_path)], "a file"),
+    ):
+        assert cli.main([*words, *more]) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert "encode" not in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -243,6 +255,9 @@ def test_a_packed_data_set_that_is_cut_short_is_named(data_root, tmp_path, cut):
         ({"train_labels": np.zeros(5, np.int64)}, "do not match"),
         ({"test_labels": np.full(6, 3)}, r"labels outside 0\.\.2"),
         ({"classes": np.array([None, {}], dtype=object)}, "is no packed data set"),
+        ({"classes": np.array("abc")}, "is no packed data set"),
+        ({"classes": np.array(["a"])}, "needs two classes or more"),
+        ({"classes": np.array(["a", "b", "a"])}, "each with a name of its own"),
     ],
 )
 def test_a_packed_data_set_of_other_things_is_refused(tmp_path, changes, message):

@@ -202,6 +202,23 @@ def test_a_term_of_ones_own_trains_every_prefix_and_is_logged(images, labels):
     assert set(seen) == {None}, "labels are for objectives that say on the card that they learn from them"
 
 
+@pytest.mark.parametrize(
+    ("name", "objective", "value", "message"),
+    [
+        ("loss", "mmd-vae", torch.zeros(3), "a term cannot be called loss"),
+        ("reconstruction", "mrl", torch.zeros(3), "needs an objective with a reconstruction: no other decodes"),
+        ("consistency", "mmd-vae", torch.zeros(3), "needs an objective with consistency"),
+        ("heads", "mmd-vae", torch.zeros(3), "needs an objective with heads: no other sees labels"),
+        ("mine", "mmd-vae", torch.zeros(()), r"the term mine is of shape \(\), not a number of each prefix"),
+        ("mine", "mmd-vae", torch.zeros(1), r"the term mine is of shape \(1,\)"),
+    ],
+)
+def test_a_term_of_ones_own_that_cannot_be_is_named(images, labels, *, name, objective, value, message):
+    config = FitConfig(epochs=1, batch_size=16, prefix_weights=(1.0,) * 3, objective=OBJECTIVES[objective])
+    with pytest.raises(FitError, match=message):
+        fit(images, NETWORK, config, lambda progress: None, labels=labels, terms={name: (1.0, lambda batch: value)})
+
+
 def test_a_term_of_ones_own_takes_the_place_of_one_of_its_name(images, labels):
     supervised = Heads(PREFIXES, 4, tied=True)
     before = supervised.layers[0].weight.detach().clone()

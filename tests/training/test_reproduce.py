@@ -223,10 +223,13 @@ def test_experiments_and_the_page_of_them(digits_root, data_root, tmp_path, caps
 
     # What is lacking is made; and that the rest is of another run stays told.
     (tmp_path / "explain.json").write_text(json.dumps({key: explain[key] for key in explain if key != "reach"}))
-    assert cli.main([*words, "--epochs", "2"]) == 0
+    assert cli.main([*words, "--threads=1"]) == 0
     resumed = json.loads((tmp_path / "explain.json").read_text())
     assert {**resumed, "runs": resumed["runs"][:1]} == explain
-    assert "--epochs 2" in resumed["runs"][1]["command"]
+    assert "--threads=1" in resumed["runs"][1]["command"]
+    for option, more, told in (("--epochs", "2", "'epochs': 1"), ("--small-epochs", "6", "5 epochs on 500 images")):
+        assert cli.main([*words, option, more]) == 2, "experiments of two amounts in one table"
+        assert told in capsys.readouterr().err
 
     assert reproduce(data_root, tmp_path, "--table", "15", "--variant", "mended") == 0
     (tmp_path / "more.md").write_text("## A fragment\n")

@@ -116,6 +116,7 @@ def test_a_run_goes_on_elsewhere_and_keeps_its_legs(tmp_path):
     here = {"config": '{"device": "cpu", "compile": false, "seed": 0}', "hardware": "a CPU", "command": "fit --resume"}
     again = there | {"command": "fit --resume"}
     assert Run(tmp_path, there, resume=False).legs == [there]
+    (tmp_path / "checkpoint.pt").touch()
     assert Run(tmp_path, again, resume=True).legs == [there]
     assert Run(tmp_path, here, resume=True).legs == [there, here]
     assert Run(tmp_path, here, resume=True).legs == [there, here]
@@ -153,12 +154,38 @@ def test_a_run_directory_that_is_none_is_refused(tmp_path, text, message):
         train(tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_run_that_never_ended_an_epoch_is_no_run(tmp_path):
+    with pytest.raises(FitError, match="32 training images do not fill one batch of 33"):
+        train(tmp_path, config=dataclasses.replace(CONFIG, batch_size=33))
+    losses, _ = train(tmp_path)
+    assert len(losses) == STEPS
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", torch.zeros(3)])
 def test_a_broken_checkpoint_is_named(tmp_path, content):
     train(tmp_path)
-    (tmp_path / "checkpoint.pt").write_bytes(content)
+    if isinstance(content, bytes):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(FitError, match=r"checkpoint\.pt is no checkpoint of this run"):
         train(tmp_path, resume=True)
+
+
+def test_metrics_that_no_run_wrote_are_named(tmp_path):
+    run = Run(tmp_path, {}, resume=False)
+    (tmp_path / "metrics.jsonl").write_text("what is this?\n")
+    with pytest.raises(FitError, match=r"metrics\.jsonl is not what a run writes"):
+        run.record({"step": 4})
+
+
+def test_codes_that_blow_up_in_the_last_step_are_told_and_not_saved(tmp_path):
+    run = Run(tmp_path, {}, resume=False)
+    images, labels = data()
+    wild = dataclasses.replace(CONFIG, epochs=1, batch_size=32, learning_rate=1e30)
+    with pytest.raises(FitError, match="step 1: its codes are not finite; try a lower learning rate"):
+        fit(images, SMALL, wild, lambda progress: None, labels=labels, checkpoint=run.checkpoint)
+    assert not run.checkpoint.path.exists()
 
 
 def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path):
@@ -230,7 +257,7 @@ def test_the_command_is_killed_and_resumed_to_a_bundle(data_root, tmp_path):
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("epoch 1, "):
+            if line.startswith("epoch 2, "):
                 process.kill()
                 break
     log.write_text("what was logged before\n")

@@ -69,6 +69,19 @@ def test_other_weights_of_the_prefixes_are_another_recipe(packaged):
     assert row(page, f"{NESTED}, prefix weights {weights}", "0", "10,000 test", "MLP head")
 
 
+def test_neighbours_by_another_model_are_another_recipe(packaged):
+    runs = [variant(packaged, fingerprint="0"), variant(packaged, seed=1, fingerprint="1")]
+    first = json.loads(runs[1].provenance["neighbours_of"])
+    config = json.loads(first["config"])
+    for change, groups in ({"seed": 7}, 1), ({"epochs": 99}, 2):
+        told = json.dumps(first | {"config": json.dumps(config | change), "fingerprint": "f" * 64})
+        provenance = runs[1].provenance | {"neighbours_of": told}
+        other = dataclasses.replace(runs[1], provenance=provenance)
+        assert len(summary.group([runs[0], other])) == groups
+    page = summary.render([runs[0], other])
+    assert "neighbours of ffffffffffff" in page
+
+
 def test_another_network_is_another_recipe(packaged):
     wide = dataclasses.replace(packaged.network, conv_channels=(64, 128), residual_blocks=1)
     other = dataclasses.replace(packaged, network=wide, fingerprint="1" * 64)

@@ -15,7 +15,7 @@ from matvae_training.config import (
     FitConfig,
     default_prefix_weights,
 )
-from matvae_training.option_values import shape, whole, whole_numbers
+from matvae_training.option_values import seed, shape, whole, whole_numbers
 from matvae_training.reproduce import arguments as reproduce_arguments
 
 
@@ -188,7 +188,7 @@ def _add_training(fit: argparse.ArgumentParser) -> None:
         default=True,
         help="order the code when it is trained, so that every prefix holds its principal components",
     )
-    fit.add_argument("--seed", type=int, default=default.seed, help="of weights, order and noise (%(default)s)")
+    fit.add_argument("--seed", type=seed, default=default.seed, help="of weights, order and noise (%(default)s)")
 
 
 def _add_network(fit: argparse.ArgumentParser) -> None:

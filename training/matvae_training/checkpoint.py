@@ -22,11 +22,11 @@ from matvae_training.stopping import Stopping
 
 
 class Checkpoint:
-    """The file at `path`; `step` is that of what it holds, 0 while there is none."""
+    """The file at `path`; `step` is that of what it holds, 0 while there is none, `loaded` of what `load` found."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.step = 0
+        self.step = self.loaded = 0
 
     def save(
         self,
@@ -91,10 +91,10 @@ class Checkpoint:
             if stopping is not None:
                 stopping.load_state_dict(state["stopping"])
             device.set_random_state(state["random"], device.of(model))
-            self.step = int(state["step"])
+            self.step = self.loaded = int(state["step"])
         except FileNotFoundError:
             return 0
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise FitError(f"{self.path} is no checkpoint of this run ({type(error).__name__}): delete it") from None
         return self.step
 

@@ -75,6 +75,8 @@ def _summary(options: argparse.Namespace) -> int:
             summary.write(runs, options.out)
         else:
             print(summary.render(runs), end="")
+    except ModuleNotFoundError as error:
+        return _fail(EXTRA.format(module=error.name))
     except (bundle.BundleError, summary.SummaryError) as error:
         return _fail(str(error))
     except OSError as error:
@@ -89,6 +91,8 @@ def _card(options: argparse.Namespace) -> int:
             options.out.write_text(text, encoding="utf-8")
         else:
             print(text, end="")
+    except ModuleNotFoundError as error:
+        return _fail(EXTRA.format(module=error.name))
     except bundle.BundleError as error:
         return _fail(str(error))
     except OSError as error:

@@ -60,7 +60,8 @@ class ObjectiveConfig:
 
     reconstruction + divergence_weight * divergence + kl_weight * KL + mutual + heads_weight * heads
     + consistency_weight * consistency of two views by `augmentation`, or of an image and one of its `neighbours`
-    nearest, by `pixels` or by the `codes` of another model, or of views of these two; the first four are per pixel.
+    nearest, by `pixels` or by the `codes` of another model, or of views of these two. Reconstruction, KL (as the
+    divergence, too) and mutual are per pixel.
     `consistency_scale` is that of a contrast, in contrast-cosine of the cosines; prefixes longer than
     `consistency_up_to` are left out of it, unless that is 0. `variance` is that of squared-error, `kernel` and `biased`
     are the MMD's, `capacity` (nats) is the capacity divergence's, `diversity` and `smoothness` are the mutual
@@ -209,6 +210,8 @@ class FitConfig:
             _check_number(name, getattr(self, name))
         if not all(math.isfinite(weight) and weight >= 0 for weight in self.prefix_weights):
             raise FitError(f"prefix_weights must be finite numbers of at least 0: {self.prefix_weights}")
+        if not any(self.prefix_weights):
+            raise FitError("prefix_weights must not all be 0: nothing would be trained")
 
     def check_weights(self, prefixes: tuple[int, ...]) -> None:
         """Raises FitError where there is not one weight for each of a network's prefixes."""

@@ -77,7 +77,9 @@ def cross_validate(
     `data` are those that `data.of_card` finds. Heads are trained and neighbours looked for on the device `where`.
     Raises DataError: there are more folds than images; FitError: there is no such device.
     """
-    card, found = bundle.card, device.find(where)  # before minutes of encoding
+    card, found = bundle.card, device.find(where)  # before minutes of encoding; so the folds
+    if k is not None:
+        folds(len(data.train) + len(data.test), k, 0)
     images = torch.cat([data.train.images, data.test.images])
     labels = torch.cat([data.train.labels, data.test.labels])
     say(f"encode: {len(images)} images")
@@ -143,14 +145,15 @@ def _probed(coded: _Coded, splits: Sequence[Rows], probes: Sequence[ProbeConfig]
 def _measured(coded: _Coded, rows: Rows) -> _Scored:
     queries = coded.codes[rows.test]
     found = nearest(coded.codes[rows.train].to(coded.where), queries.to(coded.where), coded.prefixes)
-    sample = queries[:_MMD_SAMPLE]
-    prior = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0))
-    distances = mmd(sample, prior, coded.prefixes)
-    for prefix, near, distance in zip(coded.prefixes, found, distances, strict=True):
+    for prefix, near in zip(coded.prefixes, found, strict=True):
         right = vote(near, coded.labels[rows.train], coded.classes) == coded.labels[rows.test]
         yield "knn", prefix, right.double().mean().item()
         yield "recall@10", prefix, recall(near, found[-1])
-        yield "mmd_to_prior", prefix, distance.item()
+    sample = queries[:_MMD_SAMPLE]
+    if len(sample) > 1:  # it compares pairs
+        prior = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0))
+        for prefix, distance in zip(coded.prefixes, mmd(sample, prior, coded.prefixes), strict=True):
+            yield "mmd_to_prior", prefix, distance.item()
     if coded.errors is not None:
         for prefix, each in zip(coded.prefixes, coded.errors, strict=True):
             yield "reconstruction_mse", prefix, each[rows.test].mean().item()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -33,15 +33,23 @@ def points_of(
     Raises FitError where it is of other data, or knows more of them than the objective may.
     """
     model, told = network(bundle, image_shape), bundle.card.provenance
-    for key in ("data_sha256", "split", "excluded_classes"):
-        if told.get(key) != known[key]:
-            raise FitError(f"{bundle.path} is of other data: its {key} is {told.get(key)}, not {known[key]}")
+    check_data(bundle, known, ("data_sha256", "n_train", "excluded_classes"))
     taught = json.loads(told.get("config", "{}")).get("objective", {})
     if taught.get("heads", "none") != "none" and not objective.uses_labels:
         raise FitError(f"{bundle.path} learned from labels: by its neighbours, so would an encoder that is to see none")
     if taught.get("augmentation", "none") not in ("none", objective.augmentation):
         raise FitError(f"{bundle.path} learned from augmented views that this objective does not see: take another")
     return lambda images: encode(model.to(images.device), images).to(images.device)
+
+
+def check_data(bundle: Bundle, known: Mapping[str, str], keys: Sequence[str]) -> None:
+    """Raises FitError where its card and `known` differ in one of those entries of the provenance."""
+    told = bundle.card.provenance
+    for key in keys:
+        if told.get(key) != known[key]:
+            raise FitError(
+                f"{bundle.path} is of other data or another split: its {key} is {told.get(key)}, not {known[key]}"
+            )
 
 
 def origin(bundle: Bundle) -> str:

@@ -7,6 +7,7 @@ first is bounded, the second published on the card.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from matvae_server.card import NetworkConfig
+
+if importlib.util.find_spec("onnxscript") is None:  # torch asks for it when it exports, after the training
+    raise ModuleNotFoundError("onnxscript is not installed", name="onnxscript")
 
 OPSET = 18
 TOLERANCE = 1e-4

@@ -128,7 +128,9 @@ def train(
         raise FitError("an objective with heads needs the labels of the images")
     if config.objective.reconstruction != "none" and model.decoder is None:
         raise FitError("a model without a decoder cannot reconstruct: take an objective with heads alone")
-    classes = int(labels.max()) + 1 if labels is not None else 0
+    # A class may be among the held-out images alone.
+    known = [] if labels is None else [labels, *([stopping.validation.labels] if stopping else [])]
+    classes = max((int(each.max()) + 1 for each in known), default=0)
     model.train()
     labels = labels if config.objective.uses_labels else None
     objective = nested(config, network, classes, terms)
@@ -176,6 +178,8 @@ def train(
             costs.loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
+            if step == steps:
+                _check_codes(model, images[rows], step, checkpoint)
             validation_loss = stopping.see(objective, model, size, held_nearest) if stopping and ends else None
             elapsed = time.perf_counter() - started
             report(
@@ -202,13 +206,35 @@ def nested(
 ) -> Matryoshka:
     """The objective that `config` describes, with `terms` of one's own, over the prefixes of the network."""
     objective = build(config.objective, network, classes, bfloat16=config.bfloat16)
-    if terms and "heads" in terms and not config.objective.uses_labels:
-        raise FitError("a term called heads needs an objective with heads: no other sees labels")
+    for name in terms or ():
+        if name in _RESERVED:
+            raise FitError(f"a term cannot be called {name}: that is what a line of metrics calls something else")
+        if name in _NEEDS and name not in objective.terms:
+            raise FitError(f"a term called {name} needs an objective with {_NEEDS[name]}")
     return Matryoshka(
         objective=dataclasses.replace(objective, terms={**objective.terms, **(terms or {})}),
         weights=config.prefix_weights,
         sampled_prefixes=config.prefixes_per_step,
     )
+
+
+_RESERVED = ("epoch", "step", "images_per_second", "loss", "validation_loss", "prefixes")
+_NEEDS = {
+    "reconstruction": "a reconstruction: no other decodes",
+    "heads": "heads: no other sees labels",
+    "consistency": "consistency: no other compares two views, or neighbours",
+}
+"""Terms that read what only an objective with one of that name makes."""
+
+
+@torch.no_grad()
+def _check_codes(model: Network, images: Tensor, step: int, checkpoint: Checkpoint | None) -> None:
+    """The last step's weights, which no loss has seen, before they are saved."""
+    model.eval()
+    codes, _ = model.encoder.posterior(images)
+    model.train()
+    if not torch.isfinite(codes).all():
+        raise FitError(f"step {step}: its codes are not finite; try a lower learning rate{checkpoint or ''}")
 
 
 def _check_finite(terms: Terms, step: int, checkpoint: Checkpoint | None) -> None:

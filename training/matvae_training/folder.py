@@ -20,6 +20,8 @@ from matvae_server.images import ImageError, Limits, PixelBudget, decode
 from matvae_training.config import DataError
 
 _LIMITS = Limits()
+_MOST_BYTES = 8 * _LIMITS.max_image_pixels
+"""Of a file: no image of so many pixels takes more, whatever a zip says that it unpacks to."""
 _NAMED = 5
 """How many unreadable files an error names."""
 
@@ -46,14 +48,29 @@ def read_folder(root: Path, shape: tuple[int, int, int]) -> Folder:
     that can be read, there is one class alone, or the test set has a class that the training set lacks.
     """
     if root.is_dir():
-        return _read(root, _files_below(root), lambda name: (root / name).read_bytes(), shape)
+
+        def read(name: str) -> bytes:
+            _check_size((root / name).stat().st_size)
+            return (root / name).read_bytes()
+
+        return _read(root, _files_below(root), read, shape)
     try:
         with zipfile.ZipFile(root) as archive:
-            return _read(root, archive.namelist(), archive.read, shape)
+
+            def unpack(name: str) -> bytes:
+                _check_size(archive.getinfo(name).file_size)
+                return archive.read(name)
+
+            return _read(root, archive.namelist(), unpack, shape)
     except FileNotFoundError:
         raise DataError(f"{root} does not exist: give a directory or a zip file with train/<class>/*") from None
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise DataError(f"{root} is neither a directory nor a zip file that can be read: {error}") from None
+
+
+def _check_size(size: int) -> None:
+    if size > _MOST_BYTES:
+        raise ImageError(f"{size:,} bytes are more than any image takes that would be read ({_MOST_BYTES:,})")
 
 
 def _files_below(root: Path) -> Iterable[str]:
@@ -112,7 +129,8 @@ def _decode(
         name = listed[index][0]
         try:
             images[index] = decode(read(name), shape, _LIMITS, PixelBudget(_LIMITS.max_image_pixels))
-        except (ImageError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # RuntimeError of a member that is encrypted, or compressed in a way that is not known here.
+        except (ImageError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             return str(error)
         return None
 

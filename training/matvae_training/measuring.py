@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from matvae_server import bundle
 from matvae_training import arguments, crossvalidation, data, device, objective_arguments, provenance, speed
-from matvae_training.config import FitConfig, default_prefix_weights
+from matvae_training.config import FitConfig, FitError, default_prefix_weights
 from matvae_training.console import say
 
 
@@ -23,6 +24,10 @@ def run(options: argparse.Namespace, command: str) -> None:
     """
     if getattr(options, "threads", None) is not None:
         torch.set_num_threads(options.threads)
+    if options.out is not None:  # now, not after minutes
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        if options.out.is_dir() or not os.access(options.out.parent, os.W_OK):
+            raise FitError(f"{options.out} cannot be written: give a file in a directory of yours")
     {"evaluate": _evaluate, "speed": _speed, "pack": _pack}[options.command](options, command)
 
 
@@ -79,7 +84,6 @@ def _speed(options: argparse.Namespace, command: str) -> None:
 
 def _pack(options: argparse.Namespace, command: str) -> None:
     del command
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     used = data.load(options.dataset, options.data_root, options.image_shape)
     data.pack(used, options.out)
     say(f"{options.out}: {len(used.train)} and {len(used.test)} images, {options.out.stat().st_size / 1e6:.1f} MB")
@@ -89,5 +93,4 @@ def _write(options: argparse.Namespace, values: Mapping[str, Any], command: str)
     if options.out is None:
         return
     circumstances = provenance.circumstances(torch.get_num_threads(), command, device.name(options.device))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**circumstances, **values}, indent=1) + "\n", encoding="utf-8")

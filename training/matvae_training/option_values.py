@@ -21,6 +21,14 @@ def whole(least: int) -> Callable[[str], int]:
     return read
 
 
+def seed(text: str) -> int:
+    """Reads what random numbers can begin with."""
+    value = whole(0)(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63, not {text}")
+    return value
+
+
 def whole_numbers(text: str) -> tuple[int, ...]:
     """Reads `2,4,8`."""
     try:

@@ -49,8 +49,14 @@ def read(path: Path) -> tuple[tuple[str, ...], Parts]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             classes = tuple(str(name) for name in arrays["classes"])
             found = [(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in _SPLITS]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except MemoryError:
+        raise DataError(f"{path} holds more than fits into memory, or is corrupt") from None
+    # NotImplementedError, a RuntimeError, of an unknown compression; RuntimeError of an encrypted member; TypeError of
+    # a single array, or of one without a shape.
+    except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is no packed data set, or cut short ({error}): pack it again") from None
+    if len(set(classes)) < max(2, len(classes)):
+        raise DataError(f"{path} needs two classes or more, each with a name of its own, not {', '.join(classes)}")
     for images, labels in found:
         if images.dtype != np.uint8 or images.ndim != 4 or labels.dtype != np.int64 or labels.ndim != 1:
             raise DataError(f"{path} does not hold uint8 images (n, height, width, channels) and int64 labels (n,)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from matvae_training.run import Run
 from matvae_training.stopping import Stopping
 
 _SPLIT_SEED = 0  # not the training seed, so that every run is validated on the same images
+_PATIENCE = re.compile(r"\(patience (\d+)\)")  # of `split` in the provenance, see `_prepare`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,8 @@ def fit_bundle(
         )
     model.to(device.find(config.device))  # which encodes all images several times
     seconds = f"{time.perf_counter() - started:.0f} to fit"
+    if kept and kept.checkpoint.loaded:
+        seconds += f" from step {kept.checkpoint.loaded} on"
     sampled = None
     if ordered:
         say("sampled codes, then order the code")
@@ -166,27 +170,35 @@ def pca_bundle(
         model = fit_pca(data.train.images, NetworkConfig.of_onnx(data.shape, prefixes), probabilistic=probabilistic)
     except ValueError as error:
         raise FitError(str(error)) from None
-    kind = "Probabilistic PCA" if probabilistic else "PCA"
-    description = f"{kind} of the pixels of {data.name}, in closed form: the encoder saw no labels, the heads did."
-    return _write(model, data, out, description, {**data.known, SAW_LABELS: "false", **_circumstances(command)})
+    kind = "probabilistic PCA" if probabilistic else "PCA"
+    description = (
+        f"{kind[0].upper()}{kind[1:]} of the pixels of {data.name}, in closed form: the encoder saw no labels, the "
+        "heads did."
+    )
+    known = {**data.known, "closed_form": kind, SAW_LABELS: "false", **_circumstances(command)}
+    return _write(model, data, out, description, known)
 
 
 def order_bundle(bundle: Bundle, *, source: Source, out: Path, threads: int | None = None, command: str = "") -> Card:
     """The same model with its code ordered (see `ordering.py`), with heads and metrics anew, as a bundle in `out`.
 
-    `source` must be what it was trained on, which is checked. Raises as `fit_bundle`.
+    `source` must be what it was trained on, which is checked; the patience of a training that stopped early is the
+    bundle's. Raises as `fit_bundle`, and FitError where the code is ordered already: to taper it once more is to buy
+    recall with a flatter code.
     """
     card = bundle.card
+    if card.provenance.get("ordered") == "true":
+        raise FitError(f"the code of {bundle.path} is ordered already")
     if card.network.kind != "conv":
         raise FitError(
             f"{bundle.path} is an encoder of one's own: order the model, by ordering.order, before its export"
         )
-    data = _prepare(dataclasses.replace(source, name=source.name or card.name), out, threads)
-    for key in ("data_sha256", "split"):
-        if card.provenance.get(key) != data.known[key]:
-            raise FitError(
-                f"{bundle.path} is of other data: its {key} is {card.provenance.get(key)}, not {data.known[key]}"
-            )
+    if source.validation and (patience := _PATIENCE.search(card.provenance.get("split", ""))):
+        source = dataclasses.replace(source, patience=int(patience[1]))
+    data = dataclasses.replace(
+        _prepare(dataclasses.replace(source, name=source.name or card.name), out, threads), stopping=None
+    )
+    earlier.check_data(bundle, data.known, ("data_sha256", "split"))
     model = earlier.network(bundle, data.shape)
     sampled = sampled_accuracy(model, data.train, data.held, len(data.classes))
     order(model, data.train.images)

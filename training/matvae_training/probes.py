@@ -21,11 +21,15 @@ from matvae_server.bundle import Head
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """How to train one kind of head; `hidden` is empty for logistic regression."""
+    """How to train one kind of head; `hidden` is empty for logistic regression.
+
+    Few images make few steps an epoch: there are as many epochs more as `least_steps` takes.
+    """
 
     kind: str
     hidden: tuple[int, ...] = ()
     epochs: int = 30
+    least_steps: int = 1000
     batch_size: int = 512
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
@@ -96,9 +100,10 @@ def train_folds(
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     probe = StackedProbe(prefixes, classes, config, len(folds)).to(where).train()
     optimiser = torch.optim.AdamW(probe.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    steps = config.epochs * math.ceil(count / config.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for _ in range(config.epochs):
+    per_epoch = math.ceil(count / config.batch_size)
+    epochs = max(config.epochs, math.ceil(config.least_steps / per_epoch))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * per_epoch)
+    for _ in range(epochs):
         orders = torch.stack([rows[torch.randperm(count)] for rows in folds]).to(where)
         for batch in torch.split(orders, config.batch_size, dim=1):
             logits = probe((codes[batch] - mean[:, None]) / scale[:, None])

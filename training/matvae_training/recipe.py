@@ -23,7 +23,9 @@ def repeatable(config: FitConfig) -> dict[str, str]:
 
 def describe(dataset: str, network: NetworkConfig, objective: ObjectiveConfig) -> str:
     """One sentence for the card: what was trained on what, and who saw labels or several views of an image."""
-    parts = " + ".join(part for part in (objective.reconstruction, objective.divergence) if part != "none")
+    further = ["kl"] if objective.kl_weight else []
+    further += [f"mutual {objective.mutual}"] if objective.mutual != "none" else []
+    parts = " + ".join(part for part in (objective.reconstruction, objective.divergence, *further) if part != "none")
     default = ObjectiveConfig()
     plain = dataclasses.replace(
         objective,

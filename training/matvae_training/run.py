@@ -31,6 +31,8 @@ CIRCUMSTANCES = ("config", "hardware", "versions", "commit", "command")
 class Run:
     """The directory `path`, made if need be. Raises FitError where it holds another run, or one and not `resume`.
 
+    One that ended before its first epoch did is none.
+
     `legs` are the CIRCUMSTANCES under which it began and, one after the other, went on.
     """
 
@@ -44,10 +46,12 @@ class Run:
         here = {name: description[name] for name in CIRCUMSTANCES if name in description}
         self.legs: list[dict[str, str]] = [here]
         whole: dict[str, Any] = {"format": FORMAT, **description}
-        if file.exists():
+        before = _read(file) if file.exists() else None
+        if before and (self.checkpoint.path.exists() or self._metrics.exists()):
             if not resume:
                 raise FitError(f"{path} holds a run already: go on with it by --resume, or take another directory")
-            whole = _same(file, description)
+            _check_same(file, before, description)
+            whole = before
             self.legs = whole.get("legs") or [{name: whole[name] for name in CIRCUMSTANCES if name in whole}]
             if {**self.legs[-1], "command": ""} != {**here, "command": ""}:
                 self.legs.append(here)
@@ -70,8 +74,11 @@ class Run:
         if not self._metrics.exists():
             return
         lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A line that was cut short has no end, and is none.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        try:
+            # A line that was cut short has no end, and is none.
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        except (ValueError, LookupError, TypeError):
+            raise FitError(f"{self._metrics} is not what a run writes: move it away") from None
         self._metrics.write_text("".join(kept), encoding="utf-8")
 
     @property
@@ -79,24 +86,29 @@ class Run:
         return self.path / "metrics.jsonl"
 
 
-def _same(file: Path, description: Mapping[str, str]) -> dict[str, Any]:
-    """What the file says. Raises FitError: it is of another run."""
+def _read(file: Path) -> dict[str, Any]:
+    """What the file says. Raises FitError: a run did not write it."""
     try:
         before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         known = int(before["format"])
         if known <= FORMAT:
-            ours, wanted = ({**one, "config": _config(one.get("config", "{}"))} for one in (before, description))
+            _config(before)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise FitError(f"{file} is not what a run writes: take another directory") from None
     if known > FORMAT:
         raise FitError(f"{file} is of format {known}, this version reads {FORMAT}: use a newer matvae")
-    for name in SAME:
-        if ours.get(name) != wanted.get(name):
-            raise FitError(f"{file} is of another run: its {name} is {ours.get(name)}, not {wanted.get(name)}")
     return before
 
 
-def _config(text: str) -> str:
-    """The same without what may differ."""
-    kept = {name: value for name, value in json.loads(text).items() if name not in MAY_DIFFER}
+def _check_same(file: Path, before: Mapping[str, Any], description: Mapping[str, str]) -> None:
+    """Raises FitError: it is of another run."""
+    ours, wanted = ({**one, "config": _config(one)} for one in (before, description))
+    for name in SAME:
+        if ours.get(name) != wanted.get(name):
+            raise FitError(f"{file} is of another run: its {name} is {ours.get(name)}, not {wanted.get(name)}")
+
+
+def _config(described: Mapping[str, Any]) -> str:
+    """Its configuration without what may differ."""
+    kept = {name: value for name, value in json.loads(described.get("config", "{}")).items() if name not in MAY_DIFFER}
     return json.dumps(kept, sort_keys=True)

@@ -69,6 +69,8 @@ class Run:
             config["prefix_weights"] = "default"  # which differ from size to size
         if terms := card.provenance.get("terms"):
             config["terms"] = json.loads(terms)
+        if closed_form := card.provenance.get("closed_form"):
+            config["closed_form"] = closed_form
         values: dict[str, dict[str, dict[str, float]]] = {}
         for metric in card.metrics:
             values.setdefault(metric.name, {}).setdefault(metric.precision, {})[str(metric.dimensions)] = metric.value
@@ -97,10 +99,17 @@ class Run:
             values=values,
         )
 
+    @property
+    def first(self) -> dict[str, Any]:
+        """The recipe of the model whose neighbours it was trained by, but for the seed; empty where there is none."""
+        config: dict[str, Any] = json.loads(json.loads(self.provenance.get("neighbours_of", "{}")).get("config", "{}"))
+        config |= config.pop("objective", {})
+        return {key: value for key, value in _complete(config).items() if key != "seed"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs that differ in their seed alone; of single-size models, also in their size."""
+    """Runs that differ in seeds alone, theirs or that of the model whose neighbours they took; single ones in size."""
 
     runs: tuple[Run, ...]
 
@@ -162,7 +171,7 @@ def group(runs: Iterable[Run]) -> list[Group]:
     kept: dict[str, list[Run]] = {}
     for run in runs:
         nested = run.prefixes if len(run.prefixes) > 1 else ()
-        key = json.dumps([run.name, not nested, nested, run.recipe, run.split, run.n], sort_keys=True)
+        key = json.dumps([run.name, not nested, nested, run.recipe, run.first, run.split, run.n], sort_keys=True)
         kept.setdefault(key, []).append(run)
     return [Group(runs=tuple(sorted(kept[key], key=lambda run: (run.prefixes, run.seed)))) for key in sorted(kept)]
 
@@ -243,6 +252,9 @@ def _label(each: Group, groups: Sequence[Group]) -> str:
         if recipe[key] != default.get(key) and any(key in other and other[key] != recipe[key] for other in others)
     )
     words = [f"{key.replace('_', ' ')} {recipe[key]}" for key in differing]
+    run = each.runs[0]
+    if any(other.runs[0].first not in ({}, run.first) for other in groups) and run.first:
+        words.append(f"neighbours of {json.loads(run.provenance['neighbours_of'])['fingerprint'][:12]}")
     return ", ".join([kind, *([objective] if objective else []), *words])
 
 

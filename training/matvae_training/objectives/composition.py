@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from matvae_server.card import NetworkConfig
+from matvae_training.config import FitError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Batch:
 
     @property
     def pixels(self) -> int:
-        """Numbers of one image. Terms are per pixel, so that one weight fits images of all sizes."""
+        """Numbers of one image. Reconstructions, KL and mutual are per pixel: one weight fits images of all sizes."""
         return self.images[0].numel()
 
 
@@ -156,7 +157,8 @@ class Objective:
         """The terms of one uint8 batch (n, height, width, channels), unweighted, each (prefixes,).
 
         `chosen` are the indices of the prefixes to compute, in ascending order; without it, all. `partners`, of the
-        shape of the images, are what an objective of neighbours compares them with.
+        shape of the images, are what an objective of neighbours compares them with. Raises FitError: a term is of
+        another shape.
         """
         views = [images] * (2 if self.paired else 1)
         if self.neighbours:
@@ -190,7 +192,11 @@ class Objective:
             progress=progress,
             other=other,
         )
-        return {name: term(batch) for name, (_, term) in self.terms.items()}
+        parts = {name: term(batch) for name, (_, term) in self.terms.items()}
+        for name, part in parts.items():
+            if part.shape != (len(batch.prefixes),):
+                raise FitError(f"the term {name} is of shape {tuple(part.shape)}, not a number of each prefix")
+        return parts
 
     def weighted(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Their weighted sum (prefixes,)."""

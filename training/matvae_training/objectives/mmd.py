@@ -7,7 +7,7 @@ sampled, WAE-MMD (Tolstikhin et al. 2018, arXiv 1711.01558) without.
 
 The unbiased estimate leaves out pairs of a sample with itself. It is zero in expectation where the two distributions
 agree, and so can be negative. The biased one, the report's, averages over all pairs: never negative, too large by some
-2 (1 - E k) / n, and of almost the same gradient.
+2 (k(x, x) - E k) / n, and of almost the same gradient.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matvae_training.config import CLASSES, FOLDER
-from matvae_training.option_values import whole
+from matvae_training.option_values import seed, whole
 from matvae_training.reproduce.tables import TABLES, VARIANTS
 
 COMMANDS = ("reproduce", "explain", "figures", "page")
@@ -38,11 +38,12 @@ def add(commands: Any) -> None:
     reproduce.add_argument("--epochs", type=whole(1), help=f"at most, where not --full ({REDUCED_EPOCHS})")
     reproduce.add_argument("--folds", type=int, choices=range(1, 6), default=1, help="of the five (%(default)s)")
     reproduce.add_argument("--variant", choices=VARIANTS, help="one alone (both)")
-    reproduce.add_argument("--seed", type=int, default=0, help="of folds, weights and order (%(default)s)")
+    reproduce.add_argument("--seed", type=seed, default=0, help="of folds, weights and order (%(default)s)")
     explain = commands.add_parser(
         "explain",
         help="why the report's VAE rows are at chance, and its MMD rows at 2 dimensions",
-        description="Short experiments on MNIST: their numbers into OUT/explain.json. Those that stand there are kept.",
+        description="Short experiments on MNIST: their numbers into OUT/explain.json. Those that stand there are kept, "
+        "and must be of as many images and epochs.",
         allow_abbrev=False,
     )
     _add_paths(explain)

@@ -7,7 +7,7 @@
     code         the InfoVAE tutorial's first finding: how many dimensions the ELBO leaves unused, against MMD
     small        its second: on 500 images the ELBO spreads codes ever wider, MMD does not
 
-One JSON file, a list of records for each; what stands in it is not run again.
+One JSON file, a list of records for each; what stands in it is not run again, and must be of the same amount.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from matvae_training import provenance
-from matvae_training.config import FitConfig, ObjectiveConfig
+from matvae_training.config import FitConfig, FitError, ObjectiveConfig
 from matvae_training.data import Dataset
 from matvae_training.fit import Progress, train
 from matvae_training.objectives.kernels import KERNELS
@@ -50,23 +50,31 @@ def run(
     command: str = "",
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Add to the file at `path` what it lacks, and beside it samples of the models of `small`. Raises FitError."""
+    """Add to the file at `path` what it lacks, and beside it samples of the models of `small`.
+
+    Raises FitError, also where the file holds experiments of more or fewer images or epochs.
+    """
     whole: dict[str, Any] = records.read(path) if path.exists() else {"format": records.FORMAT}
     runs = whole.setdefault("runs", [])  # a file may come from several
     this = {"data_sha256": data.digest, **provenance.circumstances(torch.get_num_threads(), command)}
-    if this not in runs:
-        runs.append(this)
     parts = protocol.fold(data, 0, images, 0)
+    _check_amount(whole, path, {"train": len(parts.train), "test": len(parts.test), "epochs": epochs}, small_epochs)
+
+    def write() -> None:
+        if this not in runs:
+            runs.append(this)
+        records.write(path, whole)
+
     for name, settings in _trainings(parts.train.images[0].numel()):
         done = whole.setdefault(name, [])
         if any(settings.items() <= record.items() for record in done):
             continue
         done.append({**settings, **_measure(parts, settings, epochs)})
-        records.write(path, whole)
+        write()
         say(f"{name}: {done[-1]}")
     if "reach" not in whole:
         whole["reach"] = list(_reach())
-        records.write(path, whole)
+        write()
     if "small" not in whole:
         traces, samples = [], {}
         for objective in ("elbo", "mmd"):
@@ -75,7 +83,17 @@ def run(
             say(f"small: {trace[-1]}")
         np.savez_compressed(path.with_name(SAMPLES), allow_pickle=False, **samples)
         whole["small"] = traces
-        records.write(path, whole)
+        write()
+
+
+def _check_amount(whole: Record, path: Path, amount: Record, small_epochs: int) -> None:
+    for record in (record for name in ("balance", "kernel", "code") for record in whole.get(name, [])):
+        if not amount.items() <= record.items():
+            found = {key: record.get(key) for key in amount}
+            raise FitError(f"{path} holds experiments of {found}, not {amount}: take another directory")
+    last = max((record["epoch"] for record in whole.get("small", [])), default=small_epochs)
+    if last != small_epochs:
+        raise FitError(f"{path} holds experiments of {last} epochs on {SMALL} images, not {small_epochs}: take another")
 
 
 def _trainings(pixels: int) -> Iterator[tuple[str, Record]]:
@@ -179,7 +197,8 @@ def _small(data: Dataset, objective: str, epochs: int) -> tuple[list[Record], np
         )
 
     def report(progress: Progress) -> None:
-        if progress.step % (progress.steps_per_epoch * _EVERY) == 0:
+        ends = progress.step % progress.steps_per_epoch == 0
+        if ends and (progress.epoch % _EVERY == 0 or progress.epoch == epochs):
             look(progress.epoch)
 
     look(0)
