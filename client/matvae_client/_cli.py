@@ -24,6 +24,7 @@ from matvae_client._card import HEAD_KINDS
 from matvae_client._cli_arguments import add_server_arguments, connect, positive
 from matvae_client._codes import Codes
 from matvae_client._errors import InvalidRequestError, MatvaeError
+from matvae_client._files import replacing
 from matvae_client._index import PrefixIndex
 from matvae_client._store import load_parts
 
@@ -152,7 +153,8 @@ def _search(options: argparse.Namespace) -> int:
     found = index.search(queries, options.k)
     if options.html is not None:
         page = sheet.render(names, found, options.images_root or Path())
-        options.html.write_text(page.html, encoding="utf-8", errors="backslashreplace")
+        with replacing(options.html) as new:
+            new.write_text(page.html, encoding="utf-8", errors="backslashreplace")
         if page.missing:
             output.complain(
                 f"{options.html}: {page.missing} of {page.names} pictures were not found, looked for relative to "

@@ -29,9 +29,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def matvae(server: ServerProcess, tmp_path: Path) -> Run:
-    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        program = ("-c", code) if code else ("-m", "matvae_client")
         return subprocess.run(
-            [sys.executable, "-m", "matvae_client", *map(str, arguments)],
+            [sys.executable, *program, *map(str, arguments)],
             env=os.environ | {"MATVAE_SERVER": server.address, "COLUMNS": "100"} | environment,
             cwd=tmp_path,
             capture_output=True,
@@ -225,6 +226,32 @@ def test_errors_are_one_line(matvae: Run, photos: Path, tmp_path: Path) -> None:
             assert done.stderr.startswith("matvae: ")
             assert says in done.stderr
             assert done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(matvae: Run, photos: Path, tmp_path: Path) -> None:
+    assert matvae("embed", photos, "--out", "old.codes").returncode == 0
+    assert matvae("search", "old.codes", photos, "--html", "old.html").returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("old.*")}
+    full = """
+import resource, sys
+from matvae_client._cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+sys.exit(main(sys.argv[1:]))
+"""  # to a program, a file that must not grow is a disk that is full
+    for arguments, name in (
+        (("embed", photos, "--out", "old.codes"), "old.codes"),
+        (("embed", photos, "--out", "new"), "new/shard-"),
+        (("decode", photos, "--out", "old.png"), "old.png"),
+        (("search", "old.codes", photos, "--html", "old.html"), "old.html"),
+    ):
+        done = matvae(*arguments, code=full)
+        assert (done.returncode, done.stdout) == (1, ""), arguments
+        assert done.stderr.startswith("matvae: ")
+        assert "File too large" in done.stderr
+        assert name in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("old.*")} == before
+        assert not list(tmp_path.glob(".matvae.*"))
 
 
 def test_codes_of_another_model_are_refused(
