@@ -120,7 +120,7 @@ def _embed(options: argparse.Namespace) -> int:
         return output.report(done.failed)
     if options.prune:
         raise InvalidRequestError.of("--prune", "a codes file is written anew each time: it is for folders of codes")
-    files.check_file(options.out)
+    files.check_file(options.out, "--out", files.CODES, options.paths)
     with connect(options) as client:
         codes, failed = files.embed_files(client, options.paths, **kind)
     if len(codes):
@@ -131,7 +131,7 @@ def _embed(options: argparse.Namespace) -> int:
 
 def _search(options: argparse.Namespace) -> int:
     if options.html is not None:
-        files.check_file(options.html)
+        files.check_file(options.html, "--html", files.PAGE, options.queries)
     parts = load_parts(options.codes)
     stored = parts[0]  # what all have in common
     failed: list[tuple[str, str]] = []

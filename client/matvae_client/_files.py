@@ -119,6 +119,17 @@ def read(path: PathLike, kind: str, *, without: str = "") -> tuple[Tensors, dict
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
+def format_of(path: PathLike) -> str:
+    """The format that the metadata of a file names; empty where it is no whole safetensors file. Raises OSError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return str((file.metadata() or {}).get("format", ""))
+    except SafetensorError:
+        return ""
+
+
 def map_tensor(path: PathLike, name: str) -> npt.NDArray[np.uint8]:
     """A uint8 tensor of a file that `read` accepts, left on disk: pages come into memory as they are looked at.
 

@@ -208,6 +208,40 @@ def test_where_nothing_can_be_written_is_found_before_anything_is_embedded(
         assert len(Codes.load(tmp_path / out)) == 1
 
 
+def test_no_file_of_the_users_is_replaced(
+    matvae: Run, photos: Path, tmp_path: Path, make_codes: Callable[..., Codes]
+) -> None:
+    own = tmp_path / "own.png"
+    own.write_bytes((photos / "00.png").read_bytes())
+    (tmp_path / "server.pem").write_text("-----BEGIN CERTIFICATE-----")
+    (tmp_path / "same.codes").symlink_to(own)
+    (tmp_path / "photos.png").write_text("no picture")
+    make_codes(3, 32, "int8").save(tmp_path / "some.codes")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused = [
+        (("embed", own, "--out", own), f"--out: {own} is one of the inputs"),
+        (("embed", own, "--out", "same.codes"), "--out: same.codes is one of the inputs"),
+        (("embed", photos, "--out", own), f"--out: {own} is there and no codes file"),
+        (("embed", own, "--out", "server.pem"), "--out: server.pem is there and no codes file"),
+        (("decode", own, "--out", own), f"--out: {own} is one of the inputs"),
+        (("decode", photos, "--out", photos / "more" / "13.png", "--count", 1), "13.png is one of the inputs"),
+        (("decode", photos, "--out", "photos.png"), "--out: photos.png is there and no PNG file"),
+        (("search", "some.codes", own, "--html", "some.codes"), "--html: some.codes is there and no HTML page"),
+        (("search", "some.codes", own, "--html", own), f"--html: {own} is one of the inputs"),
+    ]
+    for arguments, says in refused:
+        done = matvae(*arguments, "--server", "127.0.0.1:1")  # before anything is asked of it
+        assert (done.returncode, done.stdout) == (1, ""), arguments
+        assert says in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "made.codes").touch()  # as mktemp does
+    for _ in range(2):  # its own may be written anew
+        assert matvae("embed", own, "--out", "made.codes").returncode == 0
+        assert matvae("search", "made.codes", own, "--html", "page.html").returncode == 0
+        assert matvae("decode", own, "--out", "sheet.png").returncode == 0
+
+
 def test_errors_are_one_line(matvae: Run, photos: Path, tmp_path: Path) -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
