@@ -113,10 +113,10 @@ def _embed(options: argparse.Namespace) -> int:
     kind = {"dimensions": options.dimensions, "precision": options.precision}
     if options.out.is_dir() or not options.out.suffix:
         directory = files.open_directory(options.out, "--out")
-        with connect(options) as client:
+        with connect(options) as client, folder.turn(directory, client, output.complain):
             listing = files.list_files(options.paths)
             done = folder.update(directory, client, options.paths, listing, **kind, prune=options.prune)
-        output.print_directory(directory, done, as_json=options.json)
+            output.print_directory(directory, done, as_json=options.json)
         return output.report(done.failed)
     if options.prune:
         raise InvalidRequestError.of("--prune", "a codes file is written anew each time: it is for folders of codes")
