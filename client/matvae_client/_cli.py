@@ -24,6 +24,7 @@ from matvae_client._card import HEAD_KINDS
 from matvae_client._cli_arguments import add_server_arguments, connect, positive
 from matvae_client._codes import Codes
 from matvae_client._errors import InvalidRequestError, MatvaeError
+from matvae_client._files import replacing
 from matvae_client._index import PrefixIndex
 from matvae_client._store import load_parts
 
@@ -112,14 +113,14 @@ def _embed(options: argparse.Namespace) -> int:
     kind = {"dimensions": options.dimensions, "precision": options.precision}
     if options.out.is_dir() or not options.out.suffix:
         directory = files.open_directory(options.out, "--out")
-        with connect(options) as client:
+        with connect(options) as client, folder.turn(directory, client, output.complain):
             listing = files.list_files(options.paths)
             done = folder.update(directory, client, options.paths, listing, **kind, prune=options.prune)
-        output.print_directory(directory, done, as_json=options.json)
+            output.print_directory(directory, done, as_json=options.json)
         return output.report(done.failed)
     if options.prune:
         raise InvalidRequestError.of("--prune", "a codes file is written anew each time: it is for folders of codes")
-    files.check_file(options.out)
+    files.check_file(options.out, "--out", files.CODES, options.paths)
     with connect(options) as client:
         codes, failed = files.embed_files(client, options.paths, **kind)
     if len(codes):
@@ -130,7 +131,7 @@ def _embed(options: argparse.Namespace) -> int:
 
 def _search(options: argparse.Namespace) -> int:
     if options.html is not None:
-        files.check_file(options.html)
+        files.check_file(options.html, "--html", files.PAGE, options.queries)
     parts = load_parts(options.codes)
     stored = parts[0]  # what all have in common
     failed: list[tuple[str, str]] = []
@@ -152,7 +153,8 @@ def _search(options: argparse.Namespace) -> int:
     found = index.search(queries, options.k)
     if options.html is not None:
         page = sheet.render(names, found, options.images_root or Path())
-        options.html.write_text(page.html, encoding="utf-8", errors="backslashreplace")
+        with replacing(options.html) as new:
+            new.write_text(page.html, encoding="utf-8", errors="backslashreplace")
         if page.missing:
             output.complain(
                 f"{options.html}: {page.missing} of {page.names} pictures were not found, looked for relative to "

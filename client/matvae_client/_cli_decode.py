@@ -51,13 +51,13 @@ _Errors: TypeAlias = "list[tuple[int, float]]"
 
 def run(options: argparse.Namespace) -> int:
     """`matvae decode`; the exit status."""
-    if options.out is not None:
-        if options.out.suffix.lower() != ".png":
-            raise InvalidRequestError.of("out", f"{options.out} is no name of a PNG file: the sheet is one")
-        files.check_file(options.out)
+    if options.out is not None and options.out.suffix.lower() != ".png":
+        raise InvalidRequestError.of("out", f"{options.out} is no name of a PNG file: the sheet is one")
     stored = [path for path in options.paths if path.suffix == ".codes" or (path / store.MANIFEST).is_file()]
     listing = files.list_files(path for path in options.paths if path not in stored)
     paths = [Path(name) for name in listing.files]
+    if options.out is not None:
+        files.check_file(options.out, "--out", files.SHEET, [*stored, *paths])
     if stored and options.out is None and not paths:
         raise InvalidRequestError.of("out", "of codes alone nothing can be measured: give a PNG file to write")
     there = len(paths)

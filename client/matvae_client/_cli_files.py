@@ -6,13 +6,14 @@ import dataclasses
 import os
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 from matvae import store
 from matvae_client import _files
 from matvae_client._client import EmbeddingClient
-from matvae_client._codes import Codes, describe, require_space
+from matvae_client._codes import FORMAT, Codes, describe, require_space
 from matvae_client._errors import FormatError, InvalidRequestError
 from matvae_client._store import CodesDirectory, is_new
 
@@ -46,9 +47,29 @@ def list_files(paths: Iterable[Path]) -> Listing:
     return listing
 
 
-def check_file(path: Path) -> None:
-    """Raise OSError where a file could not be saved at `path`: before the work, not after it."""
-    _check_folder(_files.target_of(path).parent)
+Kind: TypeAlias = tuple[str, Callable[[Path], bool]]
+"""A kind of file that a command writes: what it is called, and whether a file is one."""
+
+CODES: Kind = ("codes file", lambda path: _files.format_of(path) == FORMAT)
+SHEET: Kind = ("PNG file", lambda path: _start(path, 8) == b"\x89PNG\r\n\x1a\n")
+PAGE: Kind = ("HTML page", lambda path: _start(path, 14).lower() == b"<!doctype html")
+
+
+def check_file(path: Path, flag: str, kind: Kind, inputs: Iterable[str | Path]) -> None:
+    """Refuse an output, which `flag` gave, before the work and not after it.
+
+    Raises OSError where no file can be saved at `path`, and InvalidRequestError where that would replace one of the
+    inputs, or somebody's file that is not of `kind`. An empty file is nobody's loss.
+    """
+    target = _files.target_of(path)
+    _check_folder(target.parent)
+    if not target.exists():
+        return
+    if any(_is_at(target, name) for name in inputs):
+        raise InvalidRequestError.of(flag, f"{path} is one of the inputs, and would be replaced: name another file")
+    what, is_one = kind
+    if target.stat().st_size and not is_one(target):
+        raise InvalidRequestError.of(flag, f"{path} is there and no {what}, and would be replaced: name another file")
 
 
 def open_directory(path: Path, flag: str) -> CodesDirectory:
@@ -65,6 +86,18 @@ def open_directory(path: Path, flag: str) -> CodesDirectory:
     directory = CodesDirectory(path)
     _check_folder(next(folder for folder in (path, *path.parents) if os.path.lexists(folder)))
     return directory
+
+
+def _is_at(target: Path, name: str | Path) -> bool:
+    try:
+        return target.samefile(name)
+    except (OSError, ValueError):  # nothing is there, or can be
+        return False
+
+
+def _start(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(size)
 
 
 def _check_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -13,6 +14,7 @@ from matvae_client import _cli_files as files
 from matvae_client._client import EmbeddingClient
 from matvae_client._codes import describe, require_space
 from matvae_client._errors import InvalidRequestError
+from matvae_client._locks import alone
 from matvae_client._progress import Progress
 from matvae_client._store import CodesDirectory
 
@@ -20,9 +22,11 @@ HELP = """\
 What is in the folder of codes already is not computed again, unless the picture is newer than its code: then it is
 embedded anew. Files are told apart by where they are, however the path is spelled; ids that are relative are taken from
 the current folder, so run it from the same one. How many pictures under the given folders are gone is told at the end;
---prune removes their codes. Links to folders are not followed.
+--prune removes their codes. Links to folders are not followed. A second command that is to add to a folder waits until
+the first is done, and then finds that in it.
 """
 
+_LOCK = ".update.lock"
 _BATCH = 1024
 _LONG = 1024
 _CLOCK_STEP = 0.02
@@ -46,6 +50,19 @@ class Done:
         self.gone += other.gone
         self.failed += other.failed
         return self
+
+
+@contextlib.contextmanager
+def turn(directory: CodesDirectory, client: EmbeddingClient, tell: Callable[[str], object]) -> Iterator[None]:
+    """The only command that adds to `directory`, which is at its newest version then; `tell` who has to wait.
+
+    Commands that ran at once would compute the same codes, and all but one could not add them.
+    """
+    client.model()  # where there is no server, no folder is made
+    message = f"another command adds to {directory.path}: this one waits until it is done"
+    with alone(directory.path, _LOCK, lambda: tell(message)):
+        directory.reload()
+        yield
 
 
 def update(

@@ -53,9 +53,9 @@ _BLOCK_ROWS = 2**16
 def build(options: argparse.Namespace) -> int:
     """`matvae gallery build`."""
     directory = files.open_directory(options.folder, "DIR")
-    _require_utf8(directory.ids(), f"make the gallery in another folder than {options.folder}")
     done = folder.Done()
-    with connect(options) as client:
+    with connect(options) as client, folder.turn(directory, client, output.complain):
+        _require_utf8(directory.ids(), f"make the gallery in another folder than {options.folder}")
         for path in options.paths:
             if path.suffix == ".codes" or (path / store.MANIFEST).is_file():
                 done.added += _add_codes(directory, Codes.load(path), client.model(), path)
@@ -65,7 +65,7 @@ def build(options: argparse.Namespace) -> int:
                 done += folder.update(
                     directory, client, [path], listing, dimensions=None, precision="float32", prune=options.prune
                 )
-    output.print_directory(directory, done, as_json=options.json)
+        output.print_directory(directory, done, as_json=options.json)
     return output.report(done.failed)
 
 

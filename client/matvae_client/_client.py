@@ -24,7 +24,7 @@ from matvae_client._card import HEAD_KINDS, ModelCard, ModelSummary
 from matvae_client._classifier import PrefixClassifier
 from matvae_client._coalescer import Coalescer
 from matvae_client._codes import Codes
-from matvae_client._connection import Connection, Reply, Request
+from matvae_client._connection import Connection, Reply, Request, check_timeout
 from matvae_client._credentials import Credentials
 from matvae_client._decode import decode
 from matvae_client._errors import (
@@ -48,10 +48,10 @@ class EmbeddingClient:
     """Talks to one matvae server; thread-safe, a context manager.
 
     `model` is a name that the server knows, its default model where empty. `timeout` is the deadline of each request in
-    seconds. `max_in_flight` requests of one `embed` run at a time; all clients of a process together have no more than
-    1,024 images under way to one target, nor more than its queue holds, and wait in turn beyond that. Each client has a
-    connection of its own. `credentials` are for a server with TLS or tokens; a token goes over TLS, or to this machine.
-    A `channel` of your own (interceptors, a test) is used as it is and left open.
+    seconds, at most 1e9. `max_in_flight` requests of one `embed` run at a time; all clients of a process together have
+    no more than 1,024 images under way to one target, nor more than its queue holds, and wait in turn beyond that. Each
+    client has a connection of its own. `credentials` are for a server with TLS or tokens; a token goes over TLS, or to
+    this machine. A `channel` of your own (interceptors, a test) is used as it is and left open.
 
         with EmbeddingClient("localhost:50051") as client:
             codes = client.embed(["a.png", "b.jpg"], dimensions=32, precision="int8")
@@ -70,7 +70,7 @@ class EmbeddingClient:
         credentials: Credentials | None = None,
         channel: grpc.Channel | None = None,
     ) -> None:
-        _check_timeout(timeout)
+        check_timeout(timeout)
         if credentials is not None and channel is not None:
             raise InvalidRequestError.of("credentials", "a channel of your own has its own: give one or the other")
         if max_in_flight < 1:
@@ -305,15 +305,10 @@ class EmbeddingClient:
     def _seconds(self, timeout: float | None) -> float:
         if timeout is None:
             return self._timeout
-        _check_timeout(timeout)
+        check_timeout(timeout)
         return timeout
 
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable[Request, Reply], request: Request, seconds: float | None = None
     ) -> Reply:
         return self._connection.call(method, request, self._timeout if seconds is None else seconds)
-
-
-def _check_timeout(timeout: float) -> None:
-    if not timeout > 0:
-        raise InvalidRequestError.of("timeout", f"{timeout} is not above 0 seconds")

@@ -13,7 +13,7 @@ from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_client import _in_flight
 from matvae_client._credentials import Credentials, open_channel
-from matvae_client._errors import DeadlineError, UnavailableError, from_rpc_error
+from matvae_client._errors import DeadlineError, InvalidRequestError, UnavailableError, from_rpc_error
 from matvae_client._in_flight import InFlight, Place
 
 Request = TypeVar("Request")
@@ -54,6 +54,15 @@ _CHANNEL_OPTIONS = (
     # A connection of its own for each client: a server of several workers shares out connections, not calls.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+_LONGEST_TIMEOUT = 1e9
+"""Seconds, 31 years: gRPC counts nanoseconds since 1970 in 64 bits, and takes what does not fit for a time gone by."""
+
+
+def check_timeout(seconds: float) -> None:
+    """Raise InvalidRequestError where no call can have that deadline."""
+    if not 0 < seconds <= _LONGEST_TIMEOUT:
+        raise InvalidRequestError.of("timeout", f"{seconds} is not above 0 and at most {_LONGEST_TIMEOUT:.0e} seconds")
 
 
 class Sent:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,16 +26,8 @@ Column = tuple[str, Sequence[codec.Bytes | None]]
 def save(path: Path, columns: Sequence[Column], shape: tuple[int, int, int]) -> tuple[int, int]:
     """Write the sheet, atomically; its (width, height) in pixels. Images have `shape` (height, width, channels)."""
     sheet = _draw(columns, shape)
-    target = _files.target_of(path)
-    temporary = target.with_name(f".matvae.{secrets.token_hex(8)}")
-    try:
-        with temporary.open("xb") as file:
-            sheet.save(file, "PNG", optimize=True)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _files.replacing(path) as new:
+        sheet.save(new, "PNG", optimize=True)
     return sheet.size
 
 

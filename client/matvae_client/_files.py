@@ -6,10 +6,12 @@ it replaces, it takes regular files only: a device or a pipe would be gone.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,21 +29,48 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 def write(path: PathLike, kind: str, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """Write `tensors` as a file of format `kind`, atomically. Raises OSError, see `target_of`."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    with replacing(path) as temporary:
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors would make it private
+        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        try:
+            save_file(contiguous, temporary, {"format": kind, "version": str(VERSION), **metadata})
+        except SafetensorError as error:  # a full disk, say: the number is all that it leaves of the OSError
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from None
+        temporary.chmod(mode & 0o777)
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike) -> Iterator[Path]:
+    """An empty file beside `path`, to be filled in the block; it replaces `path` once it is on the disk.
+
+    Raises OSError that names `path`, which then is as it was; see `target_of`.
+    """
     target = target_of(path)
     temporary = target.with_name(f".matvae.{secrets.token_hex(8)}")  # as short for a name of any length
-    with temporary.open("xb") as file:
-        mode = os.fstat(file.fileno()).st_mode  # what the umask allows; safetensors would make it private
     try:
-        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, {"format": kind, "version": str(VERSION), **metadata})
-        temporary.chmod(mode & 0o777)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        with naming(path):
+            temporary.touch(exist_ok=False)
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: PathLike) -> Iterator[None]:
+    """Let an OSError of the block name the file `path`: the system's own names none once the file is open."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from None
 
 
 def target_of(path: PathLike) -> Path:
@@ -88,6 +117,17 @@ def read(path: PathLike, kind: str, *, without: str = "") -> tuple[Tensors, dict
         raise FormatError(f"{path} is no {kind} file, or is damaged: {error}") from None
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def format_of(path: PathLike) -> str:
+    """The format that the metadata of a file names; empty where it is no whole safetensors file. Raises OSError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return str((file.metadata() or {}).get("format", ""))
+    except SafetensorError:
+        return ""
 
 
 def map_tensor(path: PathLike, name: str) -> npt.NDArray[np.uint8]:

@@ -98,6 +98,8 @@ def one_by_one(images: ImageLike | Iterable[ImageLike], shape: Shape) -> tuple[I
         return [images], 1
     if _is_single(images):
         return [cast("ImageLike", images)], 1
+    if callable(getattr(images, "read", None)):  # iterating over it gives lines
+        raise InvalidRequestError.of("images", "an open file is no image: pass its path, or the bytes that it holds")
     if not isinstance(images, Iterable):
         raise InvalidRequestError.of("images", f"{type(images).__name__} is neither an image nor an iterable of images")
     return cast("Iterable[ImageLike]", images), len(images) if isinstance(images, Sized) else None

@@ -50,7 +50,7 @@ class Wanted:
         return cls(
             card=card,
             dimensions=card.dimensions if dimensions is None else whole("dimensions", dimensions),
-            offset=whole("offset", offset or 0),
+            offset=0 if offset is None else whole("offset", offset),
             precision=precision or "float32",
         )
 
@@ -157,8 +157,10 @@ def check_slice(card: ModelCard, dimensions: int, offset: int, precision: str) -
 
 
 def whole(field: str, number: int) -> int:
-    """`number` as an int. Raises InvalidRequestError where it is no whole number."""
+    """`number` as an int. Raises InvalidRequestError where it is no whole number, as True is none."""
     try:
+        if isinstance(number, bool):
+            raise TypeError
         return operator.index(number)
     except TypeError:
         raise InvalidRequestError.of(field, f"{number!r} is not a whole number") from None

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from matvae import store
 from matvae.v1 import codec
 from matvae_client._codes import FORMAT, Codes, to_metadata
-from matvae_client._files import VERSION
+from matvae_client._files import VERSION, naming
 from matvae_client._names import encode_ids
 
 SHARD_NAME = re.compile(r"shard-\d{6,}-[0-9a-f]{16}\.codes")
@@ -71,8 +71,8 @@ class _Writer:
 
 @contextlib.contextmanager
 def synced(path: Path) -> Iterator[_Writer]:
-    """A new file, on the disk once the block ends."""
-    with path.open("xb") as file:
+    """A new file, on the disk once the block ends. Raises OSError that names it."""
+    with naming(path), path.open("xb") as file:
         yield _Writer(file)
         file.flush()
         os.fsync(file.fileno())

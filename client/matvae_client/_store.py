@@ -80,13 +80,13 @@ class CodesDirectory:
 
     def ids(self) -> list[str]:
         """The id of every code, in order."""
-        return [name for _, part in self._parts() for name in part.ids()]
+        return [name for _, part in self._parts() for name in self._checked(part.ids)]
 
     def parts(self) -> Iterator[Codes]:
         """The codes shard by shard, in order, memory-mapped; copied where some of a shard's were removed."""
         for _, part in self._parts():
             rows = part.rows if part.live is None else part.rows[part.live]
-            yield self._codes(rows, part, tuple(part.ids()))
+            yield self._codes(rows, part, tuple(self._checked(part.ids)))
 
     def codes(self) -> Codes:
         """All of them: memory-mapped where they are one whole shard (`compact` makes it so), else copied into memory.
@@ -105,7 +105,7 @@ class CodesDirectory:
         """Read every byte; raise FormatError naming the file that is not as it was written."""
         if self._manifest:
             manifest = self._manifest
-            _checked(lambda: store.verify(self.path, manifest))
+            self._checked(lambda: store.verify(self.path, manifest))
 
     def append(self, codes: Codes) -> int:
         """Add codes under `codes.ids`, which must be new here; the version that has them.
@@ -152,7 +152,7 @@ class CodesDirectory:
         """
         times: dict[str, float] = {}
         for shard, part in self._parts():
-            times |= dict.fromkeys(part.ids(), (self.path / shard.file).stat().st_mtime)
+            times |= dict.fromkeys(self._checked(part.ids), (self.path / shard.file).stat().st_mtime)
         return times
 
     @property
@@ -160,12 +160,22 @@ class CodesDirectory:
         return self._manifest.shards if self._manifest else ()
 
     def _read(self) -> store.Manifest:
-        return _checked(lambda: store.Manifest.read(self.path))
+        try:
+            return store.Manifest.read(self.path)
+        except store.StoreError as error:
+            raise FormatError(str(error)) from None
+
+    def _checked(self, read: Callable[[], Result]) -> Result:
+        try:
+            return read()
+        except store.StoreError as error:
+            cure = f"; {self.path} is a copy of a gallery: remove it and pull again" if self.source else ""
+            raise FormatError(f"{error}{cure}") from None
 
     def _parts(self) -> Iterator[tuple[store.Shard, store.Part]]:
         if self._manifest:
             parts = store.parts(self.path, self._manifest)
-            while (item := _checked(lambda: next(parts, None))) is not None:
+            while (item := self._checked(lambda: next(parts, None))) is not None:
                 yield item
 
     def _dead_rows(self) -> int:
@@ -291,13 +301,6 @@ def is_new(path: Path) -> bool:
     return path.is_dir() and all(
         entry.name.startswith(".") or SHARD_NAME.fullmatch(entry.name) for entry in path.iterdir()
     )
-
-
-def _checked(read: Callable[[], Result]) -> Result:
-    try:
-        return read()
-    except store.StoreError as error:
-        raise FormatError(str(error)) from None
 
 
 def _sync_folder(path: Path) -> None:

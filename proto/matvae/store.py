@@ -89,7 +89,10 @@ class Manifest:
         except StoreError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{path} is damaged: {type(error).__name__} {error}") from None
+            raise StoreError(
+                f"{path} is damaged: {type(error).__name__} {error}; if {folder} is a copy of a gallery, remove it and "
+                "pull again"
+            ) from None
 
     @classmethod
     def _from_json(cls, fields: Mapping[str, Any]) -> Self:

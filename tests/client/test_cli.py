@@ -29,9 +29,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def matvae(server: ServerProcess, tmp_path: Path) -> Run:
-    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        program = ("-c", code) if code else ("-m", "matvae_client")
         return subprocess.run(
-            [sys.executable, "-m", "matvae_client", *map(str, arguments)],
+            [sys.executable, *program, *map(str, arguments)],
             env=os.environ | {"MATVAE_SERVER": server.address, "COLUMNS": "100"} | environment,
             cwd=tmp_path,
             capture_output=True,
@@ -207,6 +208,40 @@ def test_where_nothing_can_be_written_is_found_before_anything_is_embedded(
         assert len(Codes.load(tmp_path / out)) == 1
 
 
+def test_no_file_of_the_users_is_replaced(
+    matvae: Run, photos: Path, tmp_path: Path, make_codes: Callable[..., Codes]
+) -> None:
+    own = tmp_path / "own.png"
+    own.write_bytes((photos / "00.png").read_bytes())
+    (tmp_path / "server.pem").write_text("-----BEGIN CERTIFICATE-----")
+    (tmp_path / "same.codes").symlink_to(own)
+    (tmp_path / "photos.png").write_text("no picture")
+    make_codes(3, 32, "int8").save(tmp_path / "some.codes")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused = [
+        (("embed", own, "--out", own), f"--out: {own} is one of the inputs"),
+        (("embed", own, "--out", "same.codes"), "--out: same.codes is one of the inputs"),
+        (("embed", photos, "--out", own), f"--out: {own} is there and no codes file"),
+        (("embed", own, "--out", "server.pem"), "--out: server.pem is there and no codes file"),
+        (("decode", own, "--out", own), f"--out: {own} is one of the inputs"),
+        (("decode", photos, "--out", photos / "more" / "13.png", "--count", 1), "13.png is one of the inputs"),
+        (("decode", photos, "--out", "photos.png"), "--out: photos.png is there and no PNG file"),
+        (("search", "some.codes", own, "--html", "some.codes"), "--html: some.codes is there and no HTML page"),
+        (("search", "some.codes", own, "--html", own), f"--html: {own} is one of the inputs"),
+    ]
+    for arguments, says in refused:
+        done = matvae(*arguments, "--server", "127.0.0.1:1")  # before anything is asked of it
+        assert (done.returncode, done.stdout) == (1, ""), arguments
+        assert says in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "made.codes").touch()  # as mktemp does
+    for _ in range(2):  # its own may be written anew
+        assert matvae("embed", own, "--out", "made.codes").returncode == 0
+        assert matvae("search", "made.codes", own, "--html", "page.html").returncode == 0
+        assert matvae("decode", own, "--out", "sheet.png").returncode == 0
+
+
 def test_errors_are_one_line(matvae: Run, photos: Path, tmp_path: Path) -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
@@ -225,6 +260,32 @@ def test_errors_are_one_line(matvae: Run, photos: Path, tmp_path: Path) -> None:
             assert done.stderr.startswith("matvae: ")
             assert says in done.stderr
             assert done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(matvae: Run, photos: Path, tmp_path: Path) -> None:
+    assert matvae("embed", photos, "--out", "old.codes").returncode == 0
+    assert matvae("search", "old.codes", photos, "--html", "old.html").returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("old.*")}
+    full = """
+import resource, sys
+from matvae_client._cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+sys.exit(main(sys.argv[1:]))
+"""  # to a program, a file that must not grow is a disk that is full
+    for arguments, name in (
+        (("embed", photos, "--out", "old.codes"), "old.codes"),
+        (("embed", photos, "--out", "new"), "new/shard-"),
+        (("decode", photos, "--out", "old.png"), "old.png"),
+        (("search", "old.codes", photos, "--html", "old.html"), "old.html"),
+    ):
+        done = matvae(*arguments, code=full)
+        assert (done.returncode, done.stdout) == (1, ""), arguments
+        assert done.stderr.startswith("matvae: ")
+        assert "File too large" in done.stderr
+        assert name in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("old.*")} == before
+        assert not list(tmp_path.glob(".matvae.*"))
 
 
 def test_codes_of_another_model_are_refused(

@@ -101,6 +101,37 @@ def test_embedding_that_is_killed_goes_on_where_it_was(matvae: Run, faulty, tmp_
     np.testing.assert_allclose(np.asarray(codes), pixels / 100, rtol=1e-6)
 
 
+def test_builds_into_one_folder_take_turns(matvae: Run, faulty, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "few").mkdir()
+    for number in range(10):
+        (tmp_path / "few" / f"{number}.png").write_bytes(number.to_bytes(2, "big") * 8)
+    reached, go_on = threading.Semaphore(0), threading.Event()
+
+    def hold(request: pb.EmbedRequest, _: grpc.ServicerContext) -> pb.EmbedResponse:
+        reached.release()
+        go_on.wait(60)
+        return faulty.honest(request)
+
+    faulty.embed = hold
+    command = [sys.executable, "-m", "matvae_client", "gallery", "build", "made", "few", "--server", faulty.address]
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    with start() as first:
+        assert reached.acquire(timeout=60)
+        with start() as second:
+            assert second.stderr is not None
+            said = second.stderr.readline()  # it has begun, and the first is not done
+            go_on.set()
+            assert first.communicate(timeout=60) == ("made: 10 codes of 64 bytes (16-d float32), 10 of them new\n", "")
+            told, _ = second.communicate(timeout=60)
+    assert said == "matvae: another command adds to made: this one waits until it is done\n"
+    assert told == "made: 10 codes of 64 bytes (16-d float32), 0 of them new\n"
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert sum(len(request.encoded.files) for request in faulty.requests) == 10
+
+
 def test_build_list_pull_and_search_without_a_server(
     matvae: Run,
     start_server: Callable[..., ServerProcess],

@@ -267,6 +267,7 @@ print([len(job.value) for job in jobs], len(single), ticks > 3)
         (7, "images", "int is neither"),
         (None, "images", "NoneType is neither"),
         ([[1, 2], [3, 4]], "images[0]", "list is no image"),
+        (io.BytesIO(b"a\nb\n"), "images", "an open file is no image: pass its path, or the bytes"),
     ],
 )
 def test_what_is_no_image_is_refused_by_name(client: EmbeddingClient, images: object, field: str, says: str) -> None:
@@ -284,6 +285,8 @@ def test_what_is_no_image_is_refused_by_name(client: EmbeddingClient, images: ob
         ({"dimensions": -1}, "dimensions"),
         ({"dimensions": 32.5}, "dimensions"),
         ({"dimensions": "32"}, "dimensions"),
+        ({"dimensions": True}, "dimensions"),
+        ({"offset": False}, "offset"),
         ({"offset": 128}, "offset"),
         ({"offset": -8}, "offset"),
         ({"offset": 4, "precision": "binary"}, "offset"),

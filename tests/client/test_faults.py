@@ -446,13 +446,15 @@ def test_a_channel_of_the_callers_is_left_open(faulty: FaultyServer) -> None:
                 assert len(client.embed(faulty.images(5))) == 5
 
 
-@pytest.mark.parametrize("arguments", [{"timeout": 0.0}, {"timeout": float("nan")}, {"max_in_flight": 0}])
+@pytest.mark.parametrize(
+    "arguments", [{"timeout": 0.0}, {"timeout": float("nan")}, {"timeout": 9e9}, {"max_in_flight": 0}]
+)
 def test_settings_are_checked(arguments: dict[str, float]) -> None:
     with pytest.raises(InvalidRequestError, match=next(iter(arguments))):
         EmbeddingClient(**arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf"), 9e9])
 def test_the_deadline_of_one_call_is_checked(faulty_client: EmbeddingClient, timeout: float) -> None:
     with pytest.raises(InvalidRequestError, match="timeout"):
         faulty_client.embed([], timeout=timeout)

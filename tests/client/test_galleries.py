@@ -28,6 +28,7 @@ from matvae_client import (
     CodesDirectory,
     EmbeddingClient,
     FingerprintMismatchError,
+    FormatError,
     InvalidRequestError,
     NotFoundError,
     ServerError,
@@ -498,6 +499,32 @@ def test_a_changed_byte_is_found(through: EmbeddingClient, relay: Relay, whole: 
     relay.change = rename
     with pytest.raises(ServerError, match="SHA-256"):
         through.pull("shirts", dimensions=16, precision="int8")
+
+
+def test_a_damaged_copy_says_how_it_becomes_whole(puller: EmbeddingClient, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+
+    def pull() -> Codes:
+        return puller.pull("shirts", dimensions=16, precision="int8", into=copy)
+
+    whole = pull()
+    (shard,) = copy.glob("*.codes")
+    manifest, good = copy / "manifest.json", {path: path.read_bytes() for path in copy.glob("*.*") if path.is_file()}
+    sizes = good[shard].index(np.array([7] * 10, "<u4").tobytes())  # of shirt-0 to shirt-9
+    for path, damage in (
+        (shard, lambda: shard.write_bytes(good[shard][:200])),
+        (shard, lambda: shard.write_bytes(good[shard][:sizes] + b"\xff" + good[shard][sizes + 1 :])),
+        (shard, shard.unlink),
+        (manifest, lambda: manifest.write_bytes(good[manifest][:-9])),
+    ):
+        damage()
+        for _ in range(2):
+            with pytest.raises(FormatError, match=rf"{path.name}.*copy of a gallery.* remove it and pull again"):
+                pull()
+        path.write_bytes(good[path])
+    manifest.write_bytes(b"{")
+    shutil.rmtree(copy)
+    same(pull(), whole)
 
 
 @pytest.mark.parametrize(
