@@ -52,7 +52,11 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
             await say_serving(health_servicer, any(worker.ready for worker in workers))
 
         own = dataclasses.replace(config, port=port, health_port=None)
-        workers = [_Worker(own, number, say_whether_any) for number in range(config.workers)]
+
+        def served() -> set[tuple[str, ...]]:
+            return {worker.serves for worker in workers if worker.ready}
+
+        workers = [_Worker(own, number, say_whether_any, served) for number in range(config.workers)]
         try:
             models = await asyncio.gather(*(worker.start() for worker in workers))
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload_all, workers)
@@ -72,11 +76,22 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
 
 
 class _Worker:
-    """One worker process, and the one that takes its place when it dies. `changed` is awaited when `ready` does."""
+    """One worker process, and the one that takes its place when it dies. `changed` is awaited when `ready` does.
 
-    def __init__(self, config: ServerConfig, number: int, changed: Callable[[], Awaitable[None]]) -> None:
+    `served` tells what the workers that live serve: what takes its place serves the same, or does not start.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        number: int,
+        changed: Callable[[], Awaitable[None]],
+        served: Callable[[], set[tuple[str, ...]]],
+    ) -> None:
         self.ready = False
+        self.serves: tuple[str, ...] = ()
         self._changed = changed
+        self._served = served
         self.process: BaseProcess | None = None
         self._config = config
         self._name = f"worker-{number}"
@@ -89,14 +104,18 @@ class _Worker:
         """Start it; a line for each of its models, once it can answer. Raises StartupError with what it says."""
         context = multiprocessing.get_context("spawn")
         self._link, theirs = context.Pipe()
-        self.process = context.Process(target=_run_worker, args=(self._config, theirs), name=self._name, daemon=False)
+        arguments = (self._config, theirs, self._served())
+        self.process = context.Process(target=_run_worker, args=arguments, name=self._name, daemon=False)
         self.process.start()
         theirs.close()
         loop = asyncio.get_running_loop()
         self._started, self._over = loop.time(), loop.create_future()
         loop.add_reader(self.process.sentinel, self._end, self.process.sentinel, self._over)
         try:
-            outcome: list[str] | str = await asyncio.to_thread(self._link.recv)
+            outcome: list[str] | tuple[str, ...] | str = await asyncio.to_thread(self._link.recv)
+            if isinstance(outcome, tuple):
+                self.serves = outcome
+                outcome = await asyncio.to_thread(self._link.recv)
         except EOFError:
             await self.ended()
             raise StartupError(f"{self._name} ended before it was ready, with status {self.process.exitcode}") from None
@@ -104,32 +123,40 @@ class _Worker:
             await self.ended()
             raise StartupError(outcome)
         self.ready = True
+        loop.add_reader(self._link.fileno(), self._hear, self._link)
         if self._reload_due:
             self.reload()
-        return outcome
+        return list(outcome)
 
     async def keep(self) -> None:
         """Start it again whenever it dies."""
-        deaths = 0
+        failures = 0
         while True:
             await self.ended()
             self.ready = False
             await self._changed()
             lived = asyncio.get_running_loop().time() - self._started
-            deaths = 0 if lived > _LONG_ENOUGH else deaths
-            delay = _BACKOFF[min(deaths, len(_BACKOFF) - 1)]
+            failures = 0 if lived > _LONG_ENOUGH else failures
             status = self.process.exitcode if self.process else None
-            log.error("%s died with status %s after %.0f s; started again in %.0f s", self._name, status, lived, delay)
-            deaths += 1
-            await asyncio.sleep(delay)
-            try:
-                await self.start()
-                await self._changed()
-                log.info("%s is ready again", self._name)
-            except StartupError as error:
-                log.error("%s does not start: %s", self._name, error)  # noqa: TRY400 - the message says it all
-            except Exception:  # no process to be had, say: tried again like the rest
-                log.exception("%s does not start", self._name)
+            why: str | None = f"died with status {status} after {lived:.0f} s"
+            while why:
+                delay = _BACKOFF[min(failures, len(_BACKOFF) - 1)]
+                log.error("%s %s; started again in %.0f s", self._name, why, delay)
+                failures += 1
+                await asyncio.sleep(delay)
+                why = await self._why_not_started()
+            await self._changed()
+            log.info("%s is ready again", self._name)
+
+    async def _why_not_started(self) -> str | None:
+        """Start it: None once it is ready."""
+        try:
+            await self.start()
+        except StartupError as error:
+            return f"does not start: {error}"
+        except Exception as error:  # no process to be had, say: tried again like the rest
+            return f"does not start: {type(error).__name__}: {error}"
+        return None
 
     async def ended(self) -> None:
         """Wait for its end."""
@@ -151,6 +178,13 @@ class _Worker:
         if self.ready:
             self.signal(signal.SIGHUP)
 
+    def _hear(self, link: Connection) -> None:
+        """It tells what it serves after a reload. Nothing more comes once it has ended."""
+        try:
+            self.serves = link.recv()
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(link.fileno())
+
     @staticmethod
     def _end(sentinel: int, over: asyncio.Future[None]) -> None:
         asyncio.get_running_loop().remove_reader(sentinel)
@@ -163,18 +197,32 @@ def _reload_all(workers: list[_Worker]) -> None:
         worker.reload()
 
 
-def _run_worker(config: ServerConfig, link: Connection) -> None:
-    """What a worker process does. It stops with SIGTERM, and when its parent is gone."""
+def _run_worker(config: ServerConfig, link: Connection, served: set[tuple[str, ...]]) -> None:
+    """What a worker process does. It stops with SIGTERM, and when its parent is gone.
+
+    It tells its parent what it would serve, which must be among `served` unless that is empty; a line for each model
+    once it is ready; and what it serves after each reload. Or, instead, why it does not start.
+    """
     logs.configure(config.log_format)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can reload
 
-    def ready(_address: str, models: list[str]) -> None:
+    def serves(models: tuple[str, ...]) -> None:
+        if served and not started and models not in served:
+            raise StartupError(
+                f"what is on disk is not what the other workers serve: {', '.join(models)}, not "
+                f"{' or '.join(', '.join(others) for others in served)}; SIGHUP makes all of them change"
+            )
         link.send(models)
-        # Nothing more is said over the link: that it can be read means that the parent has ended, however.
+
+    def ready(_address: str, models: list[str]) -> None:
+        started.append(True)
+        link.send(models)
+        # The parent says nothing over the link: that it can be read means that the parent has ended, however.
         asyncio.get_running_loop().add_reader(link.fileno(), _parent_is_gone, link)
 
+    started: list[bool] = []
     try:
-        run(serve(config, ready=ready))
+        run(serve(config, ready=ready, serves=serves))
     except StartupError as error:
         link.send(str(error))
 

@@ -143,6 +143,40 @@ def test_every_worker_reloads(start_server: Start, bundle: bundles.Bundle, tmp_p
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_is_replaced_by_one_that_serves_the_same(
+    start_server: Start, bundle: bundles.Bundle, tmp_path: Path
+) -> None:
+    """Another bundle has taken the place of the one that is served, and nobody has said SIGHUP yet."""
+    served = Path(shutil.copytree(bundle.path, tmp_path / "served"))
+    new = other_model(bundle, tmp_path / "new", bundle.card.name)
+
+    def fingerprints() -> set[str]:
+        found = set()
+        for _ in range(16):
+            with own_connection(server.address) as channel:
+                codes = pb_grpc.EmbeddingServiceStub(channel).Embed(ONE, timeout=GIVE_UP, wait_for_ready=True).codes
+                found.add(codes.fingerprint)
+        return found
+
+    with start_server("--workers", "2", "--bundle", str(served)) as server:
+        for file in (tmp_path / "new").iterdir():
+            shutil.copy(file, served)
+        os.kill(min(children(server.process)), signal.SIGKILL)
+        until(lambda: server.log.count("SIGHUP makes all of them change") == 2)
+        assert server.log.count(" ERROR ") == 3, "it died, and was refused twice"
+        assert "ready again" not in server.log
+        assert fingerprints() == {bundle.card.fingerprint}
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "worker-0 is ready again" in server.log or "worker-1 is ready again" in server.log)
+        assert fingerprints() == {new}
+        log = server.log
+        for worker in children(server.process):  # what was reloaded counts now
+            os.kill(worker, signal.SIGKILL)
+        until(lambda: server.log.count("is ready again") == 3)
+        assert "SIGHUP" not in server.log.removeprefix(log)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_lets_workers_finish(pair: ServerProcess, number: signal.Signals) -> None:
     """As Ctrl-C and service managers do it: a worker is told by them, and again by its parent."""
