@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matvae_server import signals
 from matvae_server.flags import Flags
 
 _EXAMPLES = """\
@@ -26,7 +27,11 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the server until it is told to stop; the exit status: 0 after a clean stop, 1 if it could not start."""
+    """Run the server until it is told to stop; the exit status.
+
+    0 after a clean stop, 1 if it could not start, 128 and the signal's number where one came before it was ready.
+    """
+    signals.end_at_signals()
     _quieten_grpc(arguments)
     try:
         import grpc_health.v1  # noqa: F401
@@ -64,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ports.StartupError, BundleError, RuntimeUnavailableError) as error:
         logs.say_fatal(config.log_format, str(error))
         return 1
+    except signals.StoppedError as stopped:
+        return stopped.status
     return 0
 
 

@@ -172,19 +172,26 @@ def _reloading(
         task.cancel()
 
 
-def stop_signal(*, again_ends: bool) -> asyncio.Event:
+class Stop(asyncio.Event):
+    """Set by the first signal that would end the process; `number` is which."""
+
+    number = 0
+
+
+def stop_signal(*, again_ends: bool) -> Stop:
     """An event that SIGTERM and SIGINT set. A second signal ends the process at once where `again_ends`.
 
     It does not in a worker: a signal to the whole group reaches it first by itself and then through its parent.
     """
-    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    stopped, loop = Stop(), asyncio.get_running_loop()
 
-    def stop() -> None:
+    def stop(which: int) -> None:
+        stopped.number = which
         stopped.set()
         for number in (signal.SIGTERM, signal.SIGINT) if again_ends else ():
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     return stopped

@@ -20,10 +20,10 @@ from multiprocessing.process import BaseProcess
 
 from grpc_health.v1 import health
 
-from matvae_server import logs, metrics
+from matvae_server import logs, metrics, signals
 from matvae_server.config import ServerConfig, bracketed
 from matvae_server.ports import StartupError, run, say_serving, serve_health
-from matvae_server.server import serve, start_lines, stop_signal
+from matvae_server.server import Stop, serve, start_lines, stop_signal
 
 _BACKOFF = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before a worker is started again, by how often it has died without having lived for _LONG_ENOUGH."""
@@ -36,7 +36,7 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
     """Serve with `config.workers` processes until SIGTERM or SIGINT; SIGHUP makes each reload.
 
     `ready` is told the address, and a line for each model, once every worker can answer. Raises StartupError with what
-    the first worker to fail says.
+    the first worker to fail says, StoppedError where a signal comes before that.
     """
     async with contextlib.AsyncExitStack() as stack:
         try:
@@ -58,7 +58,7 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
 
         workers = [_Worker(own, number, say_whether_any, served) for number in range(config.workers)]
         try:
-            models = await asyncio.gather(*(worker.start() for worker in workers))
+            models = await _before(stopped, asyncio.gather(*(worker.start() for worker in workers)))
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload_all, workers)
             await say_whether_any()
             ready(f"{bracketed(config.host)}:{port}", start_lines(health_address, metrics_url, models[0]))
@@ -73,6 +73,20 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
             for worker in workers:
                 worker.signal(signal.SIGTERM)
             await asyncio.gather(*(worker.ended() for worker in workers))
+
+
+async def _before(stopped: Stop, starting: asyncio.Future[list[list[str]]]) -> list[list[str]]:
+    """What comes of `starting`. Raises StoppedError where a signal comes first."""
+    stopping = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+    if stopped.is_set():  # then it is why workers do not start, too
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        raise signals.StoppedError(stopped.number)
+    return starting.result()
 
 
 class _Worker:
@@ -106,7 +120,8 @@ class _Worker:
         self._link, theirs = context.Pipe()
         arguments = (self._config, theirs, self._served())
         self.process = context.Process(target=_run_worker, args=arguments, name=self._name, daemon=False)
-        self.process.start()
+        with signals.held():  # Python's start is no place for a Ctrl-C, which the terminal sends to workers as well
+            self.process.start()
         theirs.close()
         loop = asyncio.get_running_loop()
         self._started, self._over = loop.time(), loop.create_future()
@@ -203,6 +218,7 @@ def _run_worker(config: ServerConfig, link: Connection, served: set[tuple[str, .
     It tells its parent what it would serve, which must be among `served` unless that is empty; a line for each model
     once it is ready; and what it serves after each reload. Or, instead, why it does not start.
     """
+    signals.end_at_signals()
     logs.configure(config.log_format)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can reload
 

@@ -162,6 +162,26 @@ def test_an_idle_server_stops_at_once(start_server, number: signal.Signals) -> N
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", ["--check", "--measure", "--workers=1", "--workers=2"])
+def test_a_signal_while_it_loads_ends_it_at_once(
+    bundle_copy: Path, tmp_path: Path, how: str, number: signal.Signals
+) -> None:
+    """Its bundle is never done: who reads a FIFO waits for a writer who writes. The signal is to its whole group."""
+    model = bundle_copy / bundles.MODEL
+    model.unlink()
+    os.mkfifo(model)
+    command = [sys.executable, "-m", "matvae_server", "--port", "0", "--bundle", str(bundle_copy), how]
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process,
+        model.open("w"),  # it reads now; and goes on to until this is closed
+    ):
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=30)
+    assert (process.returncode, *said) == (128 + number, "", "")
+
+
 def test_flags_have_environment_variables_and_win(start_server, bundle_copy: Path) -> None:
     environment = {"MATVAE_BUNDLE": str(bundle_copy), "MATVAE_PORT": "1", "MATVAE_RUNTIME": "torch"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
