@@ -85,9 +85,9 @@ class ServerConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in ("workers", "threads"):
-            if getattr(self, name) > _MOST:
-                raise ValueError(f"{name} must be at most {_MOST:,}, not {getattr(self, name):,}")
+        for name, most in (("workers", _MOST), ("threads", _MOST), ("max_batch", 2**16), ("max_queue", 2**31 - 1)):
+            if getattr(self, name) > most:  # of the queue's images clients are told in 32 bits
+                raise ValueError(f"{name} must be at most {most:,}, not {getattr(self, name):,}")
         for name, least in (("max_batch", 1), ("workers", 1), ("threads", 0), ("max_queue", 0)):
             if getattr(self, name) < least:
                 chooses = " (choose)" if least == 0 else ""
