@@ -198,7 +198,7 @@ def _add_process_flags(flags: Flags) -> None:
         "--max-queue",
         "images that may wait for an encoder, and codes for the decoders, beyond which calls are RESOURCE_EXHAUSTED; "
         "0: a fortieth of a second of the encoder's work, and two full requests at least; of codes a full request for "
-        "each core, and one more",
+        "each thread that decodes (as many as cores, but four at most), and one more",
         type=int,
         metavar="IMAGES",
     )

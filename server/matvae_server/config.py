@@ -46,7 +46,7 @@ class ServerConfig:
     pull under that name, and the codes directory that holds it. `threads` is how wide the encoder runs; 0 leaves one
     core to the event loop. `max_queue` is how many images may wait for an encoder, and codes for the decoders; 0 is
     what the encoder does in a fortieth of a second, but two full requests at least, and of codes a full request for
-    each core and one more. `workers` are processes that share the port. `metrics_port` and
+    each thread that decodes and one more. `workers` are processes that share the port. `metrics_port` and
     `health_port` are plaintext, on `host`; None serves none, 0 takes a free one. `max_connection_age` is in seconds, 0
     without end. A connection that has been quiet for `keepalive_seconds` is asked whether its peer is there, and closed
     where no answer comes in a third of that.

@@ -34,6 +34,9 @@ from matvae_server.transport import add_to_server
 SWITCH_SECONDS = 0.0002
 """How long the event loop may keep the encoder's thread waiting for the interpreter: 5 ms, the default, are a batch."""
 
+MOST_DECODERS = 4
+"""Threads that decode: each may hold an image of the largest size several times over, and malloc what it once held."""
+
 log = logging.getLogger("matvae.server")
 
 
@@ -60,7 +63,7 @@ async def serve(
         server = grpc.aio.server(options=options(config), interceptors=interceptors)
         if config.workers == 1:
             address = listen(server, config, config.port, "--port", credentials)
-        decoders = stack.enter_context(contextlib.closing(DecodePool(cores(), config)))
+        decoders = stack.enter_context(contextlib.closing(DecodePool(min(cores(), MOST_DECODERS), config)))
         health_servicer = health.aio.HealthServicer()
         health_address = await stack.enter_async_context(serve_health(config, health_servicer))
         models = Models(config, metrics.observe_batch) if metrics else Models(config)
