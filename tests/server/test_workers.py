@@ -391,6 +391,14 @@ def test_check_tries_the_ports_and_tells_of_more_threads_than_cores() -> None:
     assert "note: workers x threads are" in serve("--check", "--port", "0", "--workers", "2", "--threads", wide).stdout
 
 
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "203.0.113.1"])
+def test_check_refuses_a_host_that_cannot_be_listened_on(host: str) -> None:
+    done = serve("--check", "--port", "0", "--host", host, "--insecure")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"cannot listen on {host}:0 (--port)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_measure_prints_the_encoders_rates() -> None:
     done = serve("--measure", "--threads", "1", "--runtime", "onnxruntime")
     assert done.returncode == 0, done.stderr
