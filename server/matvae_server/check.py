@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 
 from matvae.v1 import embedding_pb2 as pb
@@ -21,6 +22,8 @@ async def check(config: ServerConfig) -> str:
 
     A port that is taken is a note: a server that runs may be what is to be replaced.
     """
+    flags = ("--port", "--health-port", "--metrics-port")
+    ports = [note for flag in flags if (note := _port_note(config, flag))]
     try:
         security.credentials(config.security)
         security.interceptors(config.security)
@@ -47,8 +50,7 @@ async def check(config: ServerConfig) -> str:
     wide = config.workers * config.encoder_threads
     if wide > cores():
         lines.append(f"note: workers x threads are {wide}, and this process may use {cores()} cores")
-    flags = ("--port", "--health-port", "--metrics-port")
-    return "\n".join(lines + notes + [note for flag in flags if (note := _port_note(config, flag))])
+    return "\n".join(lines + notes + ports)
 
 
 def _try_decoder(model: Model) -> str | None:
@@ -68,15 +70,26 @@ def _try_decoder(model: Model) -> str | None:
 
 
 def _port_note(config: ServerConfig, flag: str) -> str | None:
+    """Whether somebody has the port. Raises StartupError where it is not to be had for another reason."""
     port: int | None = getattr(config, flag.removeprefix("--").replace("-", "_"))
     if port is None:
         return None
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    where = f"{bracketed(config.host)}:{port}"
+    refusals: list[OSError] = []
     try:
-        socket.create_server((config.host, port), family=family).close()
+        for family, *_ in socket.getaddrinfo(config.host, port, type=socket.SOCK_STREAM):
+            try:
+                socket.create_server((config.host, port), family=family).close()
+            except OSError as error:
+                refusals.append(error)
+            else:
+                return None  # one of a name's addresses is enough
     except OSError as error:
-        return f"note: {bracketed(config.host)}:{port} ({flag}) cannot be taken now: {error.strerror}"
-    return None
+        refusals.append(error)
+    for refusal in refusals:
+        if refusal.errno == errno.EADDRINUSE:
+            return f"note: {where} ({flag}) cannot be taken now: {refusal.strerror}"
+    raise StartupError(f"cannot listen on {where} ({flag}): {refusals[0].strerror}")
 
 
 def _describe(config: ServerConfig, model: Model) -> list[str]:

@@ -10,8 +10,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from matvae_server import signals
 from matvae_server.flags import Flags
 
 _EXAMPLES = """\
@@ -26,8 +27,12 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the server until it is told to stop; the exit status: 0 after a clean stop, 1 if it could not start."""
-    _quieten_grpc(arguments)
+    """Run the server until it is told to stop; the exit status.
+
+    0 after a clean stop, 1 if it could not start, 128 and the signal's number where one came before it was ready.
+    """
+    signals.end_at_signals()
+    style = _quieten_grpc(arguments)
     try:
         import grpc_health.v1  # noqa: F401
         import grpc_reflection.v1alpha  # noqa: F401
@@ -43,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from matvae_server.server import serve
     from matvae_server.workers import serve_with_workers
 
-    parser = _parser()
+    parser = _parser(style)
     options = vars(parser.parse_args(arguments))
     only_check, only_measure = options.pop("check"), options.pop("measure")
     try:
@@ -55,15 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server can reload
     try:
         if only_check:
-            print(ports.run(check.check(config)))
+            _say(ports.run(check.check(config)))
         elif only_measure:
-            print(json.dumps(measure.measure(config), indent=1))
+            _say(json.dumps(measure.measure(config), indent=1))
         else:
             run = serve if config.workers == 1 else serve_with_workers
             ports.run(run(config, ready=_say_ready))
     except (ports.StartupError, BundleError, RuntimeUnavailableError) as error:
         logs.say_fatal(config.log_format, str(error))
         return 1
+    except signals.StoppedError as stopped:
+        return stopped.status
     return 0
 
 
@@ -72,36 +79,75 @@ def _take(kind: type[Any], options: dict[str, Any]) -> dict[str, Any]:
     return {field.name: options.pop(field.name) for field in dataclasses.fields(kind) if field.name in options}
 
 
-def _quieten_grpc(arguments: Sequence[str] | None) -> None:
-    """Keep lines that are no JSON out of a log of JSON: gRPC's core has its own, and asks as it is imported."""
+def _quieten_grpc(arguments: Sequence[str] | None) -> str:
+    """Keep lines that are no JSON out of a log of JSON: gRPC's core has its own, and asks as it is imported.
+
+    What the log's format is, before anything else of the command line is looked at.
+    """
     early = argparse.ArgumentParser(prog="matvae-serve", add_help=False)
     early.add_argument("--log-format", default=os.environ.get("MATVAE_LOG_FORMAT"))
-    if early.parse_known_args(arguments)[0].log_format == "json":
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    style = early.parse_known_args(arguments)[0].log_format
+    if style != "json":
+        return "text"
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    return "json"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line as the log is written, too."""
+
+    style = "text"
+
+    def error(self, message: str) -> NoReturn:
+        """See argparse."""
+        if self.style != "json":
+            super().error(message)
+        from matvae_server import logs
+
+        logs.configure(self.style)
+        logs.say_fatal(self.style, message)
+        raise SystemExit(2)
 
 
 def _say_ready(address: str, lines: Sequence[str]) -> None:
-    print(*lines, f"matvae-serve ready on {address}", sep="\n", flush=True)
+    _say(*lines, f"matvae-serve ready on {address}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _say(*lines: str) -> None:
+    """Print. Raises StartupError where stdout takes nothing: nobody would know that the server is ready, or where."""
+    from matvae_server.ports import StartupError
+
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails at it once more, as it ends
+        raise StartupError(f"cannot write to stdout: {error.strerror}") from None
+
+
+def _parser(style: str = "text") -> argparse.ArgumentParser:
     """Every flag sets the field of its name in ServerConfig, Security or Limits, and has an environment variable."""
     from matvae_server.config import Security, ServerConfig
     from matvae_server.images import Limits
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="matvae-serve",
         description="Serve Matryoshka image embeddings over gRPC.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.style = style
     flags = Flags(parser, vars(ServerConfig()) | vars(Security()) | vars(Limits()))
     add = flags.add
-    add(parser, "--host", "address to listen on", metavar="HOST")
+    add(parser, "--host", "address to listen on", type=_unbracketed, metavar="HOST")
     add(parser, "--port", "port to listen on; 0 takes a free one and prints it", type=int, metavar="PORT")
     add_encoder_flags(flags)
     _add_process_flags(flags)
     return parser
+
+
+def _unbracketed(host: str) -> str:
+    """An IPv6 address as it stands in a URL is taken, too."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def add_encoder_flags(flags: Flags) -> None:
@@ -152,7 +198,7 @@ def _add_process_flags(flags: Flags) -> None:
         "--max-queue",
         "images that may wait for an encoder, and codes for the decoders, beyond which calls are RESOURCE_EXHAUSTED; "
         "0: a fortieth of a second of the encoder's work, and two full requests at least; of codes a full request for "
-        "each core, and one more",
+        "each thread that decodes (as many as cores, but four at most), and one more",
         type=int,
         metavar="IMAGES",
     )
@@ -178,12 +224,13 @@ def _add_process_flags(flags: Flags) -> None:
     add(operations, "--health-port", "plaintext port for health probes alone", type=int, metavar="PORT")
     add(operations, "--metrics-port", "HTTP port for Prometheus", type=int, metavar="PORT")
     add(operations, "--log-format", "how the log is written, on stderr", choices=("text", "json"))
-    operations.add_argument(
+    instead = operations.add_mutually_exclusive_group()
+    instead.add_argument(
         "--check",
         action="store_true",
         help="load and warm up what the flags name, decode a code, say what would be served, and exit",
     )
-    operations.add_argument(
+    instead.add_argument(
         "--measure", action="store_true", help="print the encoder's own rate by batch size as JSON, and exit"
     )
     add_switch(operations, "--access-log", "a line for every call, not only for those that fail")

@@ -46,7 +46,7 @@ class ServerConfig:
     pull under that name, and the codes directory that holds it. `threads` is how wide the encoder runs; 0 leaves one
     core to the event loop. `max_queue` is how many images may wait for an encoder, and codes for the decoders; 0 is
     what the encoder does in a fortieth of a second, but two full requests at least, and of codes a full request for
-    each core and one more. `workers` are processes that share the port. `metrics_port` and
+    each thread that decodes and one more. `workers` are processes that share the port. `metrics_port` and
     `health_port` are plaintext, on `host`; None serves none, 0 takes a free one. `max_connection_age` is in seconds, 0
     without end. A connection that has been quiet for `keepalive_seconds` is asked whether its peer is there, and closed
     where no answer comes in a third of that.
@@ -85,9 +85,9 @@ class ServerConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in ("workers", "threads"):
-            if getattr(self, name) > _MOST:
-                raise ValueError(f"{name} must be at most {_MOST:,}, not {getattr(self, name):,}")
+        for name, most in (("workers", _MOST), ("threads", _MOST), ("max_batch", 2**16), ("max_queue", 2**31 - 1)):
+            if getattr(self, name) > most:  # of the queue's images clients are told in 32 bits
+                raise ValueError(f"{name} must be at most {most:,}, not {getattr(self, name):,}")
         for name, least in (("max_batch", 1), ("workers", 1), ("threads", 0), ("max_queue", 0)):
             if getattr(self, name) < least:
                 chooses = " (choose)" if least == 0 else ""

@@ -3,7 +3,7 @@
     ServiceError
     ├── InvalidArgumentError      INVALID_ARGUMENT, BadRequest names the field
     ├── NotFoundError             NOT_FOUND: no such model, head or decoder
-    ├── FailedPreconditionError   FAILED_PRECONDITION: another fingerprint than the one expected
+    ├── FailedPreconditionError   FAILED_PRECONDITION: another fingerprint than the one expected, or a broken gallery
     ├── UnauthenticatedError      UNAUTHENTICATED: no token, or an unknown one
     ├── ResourceExhaustedError    RESOURCE_EXHAUSTED, RetryInfo says when to come back
     ├── DeadlineExceededError     DEADLINE_EXCEEDED: the answer would come too late, so nothing was computed
@@ -72,7 +72,7 @@ class NotFoundError(ServiceError):
 
 
 class FailedPreconditionError(ServiceError):
-    """The caller pinned a fingerprint that is not live; the message lists the live one."""
+    """The caller pinned a fingerprint that is not live, and the message lists the live one; or a gallery is broken."""
 
     status = grpc.StatusCode.FAILED_PRECONDITION
 

@@ -7,6 +7,7 @@ to its version.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,11 @@ class Gallery:
         return gallery
 
     def summary(self) -> pb.GallerySummary:
-        """What it holds at its newest version."""
+        """What it holds at its newest version. Raises FailedPreconditionError where its folder cannot be read."""
+        with self._told():
+            return self._summary()
+
+    def _summary(self) -> pb.GallerySummary:
         manifest, parts = self._mapped(0)
         return pb.GallerySummary(
             name=self.name,
@@ -74,8 +79,15 @@ class Gallery:
     ) -> Iterator[pb.PullGalleryResponse]:
         """The messages of a pull of z[offset:stop], each at most about MESSAGE_BYTES.
 
-        Raises InvalidArgumentError, NotFoundError for ids that are not here, and FailedPreconditionError.
+        Raises InvalidArgumentError, NotFoundError for ids that are not here, and FailedPreconditionError, also where
+        the folder is missing or damaged.
         """
+        with self._told():
+            yield from self._pull(request, offset, stop, precision)
+
+    def _pull(
+        self, request: pb.PullGalleryRequest, offset: int, stop: int, precision: str
+    ) -> Iterator[pb.PullGalleryResponse]:
         if request.ids:
             yield from self._selected(request, offset, stop, precision)
             return
@@ -116,6 +128,15 @@ class Gallery:
         yield pb.PullGalleryResponse(
             end=pb.PullEnd(count=total, sha256=sha256, newest_version=store.Manifest.read(self.folder).version)
         )
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What is wrong with the folder becomes an error for callers, who are not told where it is."""
+        try:
+            yield
+        except store.StoreError as error:
+            what = str(error).replace(f"{self.folder}/", "").replace(str(self.folder), "its folder")
+            raise FailedPreconditionError(f"gallery {self.name!r} cannot be read now: {what}") from None
 
     def _selected(
         self, request: pb.PullGalleryRequest, offset: int, stop: int, precision: str

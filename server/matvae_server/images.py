@@ -1,6 +1,7 @@
-"""Images as they arrive: checked, decoded and brought to the model's shape. Pure functions, no state.
+"""Images as they arrive: checked, decoded and brought to the model's shape. Pure functions.
 
-The resize rule `fit-bilinear-1` is what `decode` does, in this order: the EXIF orientation is applied; transparency is
+The resize rule `fit-bilinear-1` is what `decode` does, in this order: the EXIF orientation is applied, where there is
+one that can be read; transparency is
 composited over black; colours become 8-bit grey (ITU-R 601-2 luma) or RGB; the largest centred part of the target's
 aspect ratio is cut out and resized with Pillow's antialiased bilinear filter. An image that already has the target's
 shape keeps its pixels.
@@ -16,7 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server.errors import InvalidArgumentError
@@ -27,6 +28,17 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 _PNG_BIT_DEPTH = 24
 """Where a PNG's header says how many bits a sample has; Pillow cuts 16-bit colours to 8 without a word."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image of each EXIF orientation upright."""
 
 # Pillow's own guard warns or raises by a limit of its own; `Limits` is lower, and is checked at the same moment.
 Image.MAX_IMAGE_PIXELS = None
@@ -113,27 +125,45 @@ def decode(file: bytes, image_shape: tuple[int, int, int], limits: Limits, budge
     The size is judged from the header, before any pixel is decoded, and taken from the request's `budget`. Raises
     ImageError.
     """
-    height, width, channels = image_shape
     try:
-        image: Image.Image = Image.open(io.BytesIO(file), formats=FORMATS)
+        image = Image.open(io.BytesIO(file), formats=FORMATS)
         _check_size(image.size, limits)
         budget.take(image.width * image.height)
         if image.mode.startswith(("I", "F")) or (image.format == "PNG" and file[_PNG_BIT_DEPTH] > 8):
             raise ImageError("samples of more than 8 bits are not accepted: convert to 8 bits per channel")
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-        image = image.convert("L" if channels == 1 else "RGB")
-        if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+        return np.asarray(_fitted(image, image_shape), np.uint8).reshape(image_shape)
     except ImageError:
         raise
     except UnidentifiedImageError:
         raise ImageError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from None
     except Exception as error:  # Pillow's decoders raise almost anything on malformed files
         raise ImageError(f"the file is truncated or corrupt: {error}") from None
-    return np.asarray(image, np.uint8).reshape(image_shape)
+
+
+def _fitted(image: Image.Image, image_shape: tuple[int, int, int]) -> Image.Image:
+    height, width, channels = image_shape
+    image.load()
+    turn = _turn(image)
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.has_transparency_data:
+        if image.mode != "RGBA":
+            image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode != mode:  # else it would be a copy
+        image = image.convert(mode)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return image
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings it upright. Nothing where its EXIF does not say, or is garbage, which the pixels need not be."""
+    try:
+        return _TURNS.get(image.getexif()[ExifTags.Base.Orientation])
+    except Exception:  # Pillow raises almost anything on malformed EXIF
+        return None
 
 
 def _check_size(size: tuple[int, int], limits: Limits) -> None:

@@ -5,6 +5,7 @@ A secret that stands in a file never leaves this module: no message, no log line
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -28,6 +29,7 @@ OPEN_SERVICES = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflect
 _OPEN_PATHS = tuple(f"/{name}/" for name in OPEN_SERVICES)
 _LOOK_SECONDS = 1.0
 """How often at most the token file is looked at; a token that was taken out of it may live on for as long."""
+_OUT_OF_TIME = (9, 10)  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
 _TOKEN = re.compile(rb"[\x21-\x7e]+")  # what metadata can carry, and no space, which would end it
 
 log = logging.getLogger("matvae.server")
@@ -47,12 +49,15 @@ def credentials(security: Security) -> grpc.ServerCredentials | None:
         return None
     chain, private = _read(cert, "--tls-cert"), _read(key, "--tls-key")
     _check_certificates(cert, "--tls-cert")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=_no_password)
+        context.load_cert_chain(cert, key, password=_no_password)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise SecurityError(f"--tls-key {key} is not the key of --tls-cert {cert}") from None
         raise SecurityError(f"--tls-key {key} is no private key in PEM without a passphrase ({error})") from None
+    if why := _not_valid_now(cert, context):
+        log.warning("--tls-cert %s: clients will refuse it: %s", cert, why)
     authority = None
     if client_ca is not None:
         authority = _read(client_ca, "--tls-client-ca")
@@ -190,6 +195,27 @@ def _check_certificates(path: Path, flag: str) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cafile=path)
     except ssl.SSLError as error:
         raise SecurityError(f"{flag} {path} holds no certificate in PEM ({error})") from None
+
+
+def _not_valid_now(cert: Path, server: ssl.SSLContext) -> str | None:
+    """Why the certificate is out of its time, where it is: what a client says that trusts just it, in memory."""
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
+    client.load_verify_locations(cafile=cert)
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True))
+    try:
+        for _ in range(2):
+            for end in ends:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code in _OUT_OF_TIME:
+            return error.verify_message
+    except ssl.SSLError:  # something else than time, of which a client will tell
+        pass
+    return None
 
 
 def _no_password() -> str:

@@ -34,14 +34,23 @@ from matvae_server.transport import add_to_server
 SWITCH_SECONDS = 0.0002
 """How long the event loop may keep the encoder's thread waiting for the interpreter: 5 ms, the default, are a batch."""
 
+MOST_DECODERS = 4
+"""Threads that decode: each may hold an image of the largest size several times over, and malloc what it once held."""
+
 log = logging.getLogger("matvae.server")
 
 
-async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]) -> None:
+async def serve(
+    config: ServerConfig,
+    *,
+    ready: Callable[[str, list[str]], None],
+    serves: Callable[[tuple[str, ...]], None] = lambda _: None,
+) -> None:
     """Serve until SIGTERM or SIGINT; `ready` is told the address, and what else a person is told at the start.
 
-    SIGHUP loads the bundles and galleries anew. Raises StartupError where a port, a bundle, a gallery, the runtime or a
-    file of the security is not to be had.
+    SIGHUP loads the bundles and galleries anew. `serves` is told of each model that was loaded, before it answers: name
+    and fingerprint, the default first; what it raises before the server is ready keeps it from starting. Raises
+    StartupError where a port, a bundle, a gallery, the runtime or a file of the security is not to be had.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     async with contextlib.AsyncExitStack() as stack:
@@ -52,8 +61,9 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
         except security.SecurityError as error:
             raise StartupError(str(error)) from None
         server = grpc.aio.server(options=options(config), interceptors=interceptors)
-        address = listen(server, config, config.port, "--port", credentials)
-        decoders = stack.enter_context(contextlib.closing(DecodePool(cores(), config)))
+        if config.workers == 1:
+            address = listen(server, config, config.port, "--port", credentials)
+        decoders = stack.enter_context(contextlib.closing(DecodePool(min(cores(), MOST_DECODERS), config)))
         health_servicer = health.aio.HealthServicer()
         health_address = await stack.enter_async_context(serve_health(config, health_servicer))
         models = Models(config, metrics.observe_batch) if metrics else Models(config)
@@ -62,7 +72,10 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
             galleries = open_galleries(config, fresh)
         except (ModelError, GalleryError) as error:
             raise StartupError(str(error)) from None
+        serves(_identities(fresh))
         models.replace(fresh)
+        if config.workers > 1:  # only now: the kernel gives connections to each that listens, loaded or not
+            address = listen(server, config, config.port, "--port", credentials)
         if metrics:
             metrics.live, metrics.decoding = models.live, decoders.admission
         core = EmbeddingCore(models, limits=config.limits, decoders=decoders, galleries=galleries)
@@ -73,7 +86,7 @@ async def serve(config: ServerConfig, *, ready: Callable[[str, list[str]], None]
         gc.collect()
         gc.freeze()  # what is here stays: the collector need not look at it under load
         await server.start()
-        with _reloading(config, models, core):
+        with _reloading(config, models, core, serves):
             ready(address, start_lines(health_address, metrics_url, [model.line for model in models.live()]))
             await stopped.wait()
         log.info("draining")
@@ -97,6 +110,10 @@ def open_galleries(config: ServerConfig, models: dict[str, Model]) -> list[Galle
     return [Gallery.open(name, folder, cards) for name, folder in config.gallery_folders.items()]
 
 
+def _identities(models: dict[str, Model]) -> tuple[str, ...]:
+    return tuple(f"{name} {model.fingerprint}" for name, model in models.items())
+
+
 @contextlib.contextmanager
 def _observing(config: ServerConfig) -> Iterator[tuple[Metrics | None, str | None, list[Observer]]]:
     """What is to be told of calls, and where the metrics are served meanwhile: with workers, their parent does that."""
@@ -118,7 +135,9 @@ def _observing(config: ServerConfig) -> Iterator[tuple[Metrics | None, str | Non
 
 
 @contextlib.contextmanager
-def _reloading(config: ServerConfig, models: Models, core: EmbeddingCore) -> Iterator[None]:
+def _reloading(
+    config: ServerConfig, models: Models, core: EmbeddingCore, serves: Callable[[tuple[str, ...]], None]
+) -> Iterator[None]:
     """While it lasts, SIGHUP loads bundles and galleries anew; where that fails, everything stays as it was."""
     loop, wanted = asyncio.get_running_loop(), asyncio.Event()
 
@@ -143,6 +162,7 @@ def _reloading(config: ServerConfig, models: Models, core: EmbeddingCore) -> Ite
                 continue
             models.replace(fresh)
             core.galleries = {gallery.name: gallery for gallery in galleries}
+            serves(_identities(fresh))
             log.info("reloaded: %s", ", ".join(f"{name} {model.fingerprint[:12]}" for name, model in fresh.items()))
 
     task = asyncio.create_task(reload())
@@ -155,19 +175,26 @@ def _reloading(config: ServerConfig, models: Models, core: EmbeddingCore) -> Ite
         task.cancel()
 
 
-def stop_signal(*, again_ends: bool) -> asyncio.Event:
+class Stop(asyncio.Event):
+    """Set by the first signal that would end the process; `number` is which."""
+
+    number = 0
+
+
+def stop_signal(*, again_ends: bool) -> Stop:
     """An event that SIGTERM and SIGINT set. A second signal ends the process at once where `again_ends`.
 
     It does not in a worker: a signal to the whole group reaches it first by itself and then through its parent.
     """
-    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    stopped, loop = Stop(), asyncio.get_running_loop()
 
-    def stop() -> None:
+    def stop(which: int) -> None:
+        stopped.number = which
         stopped.set()
         for number in (signal.SIGTERM, signal.SIGINT) if again_ends else ():
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     return stopped

@@ -218,11 +218,19 @@ class EmbeddingCore:
         )
 
     async def list_galleries(self, _request: pb.ListGalleriesRequest, _call: Call) -> pb.ListGalleriesResponse:
-        """Every gallery, at its newest version."""
+        """Every gallery that can be read, at its newest version."""
         loop = asyncio.get_running_loop()
         pool = self._decoders.executor
         summaries = (loop.run_in_executor(pool, gallery.summary) for gallery in self.galleries.values())
-        return pb.ListGalleriesResponse(galleries=await asyncio.gather(*summaries))
+        galleries = []
+        for found in await asyncio.gather(*summaries, return_exceptions=True):
+            if isinstance(found, FailedPreconditionError):
+                log.error("left out of a list: %s", found)
+            elif isinstance(found, BaseException):
+                raise found
+            else:
+                galleries.append(found)
+        return pb.ListGalleriesResponse(galleries=galleries)
 
     async def pull_gallery(self, request: pb.PullGalleryRequest, call: Call) -> AsyncIterator[pb.PullGalleryResponse]:
         """The codes of a gallery, cut to the slice and precision asked for, message by message.

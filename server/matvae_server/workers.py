@@ -20,10 +20,10 @@ from multiprocessing.process import BaseProcess
 
 from grpc_health.v1 import health
 
-from matvae_server import logs, metrics
+from matvae_server import logs, metrics, signals
 from matvae_server.config import ServerConfig, bracketed
 from matvae_server.ports import StartupError, run, say_serving, serve_health
-from matvae_server.server import serve, start_lines, stop_signal
+from matvae_server.server import Stop, serve, start_lines, stop_signal
 
 _BACKOFF = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before a worker is started again, by how often it has died without having lived for _LONG_ENOUGH."""
@@ -36,7 +36,7 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
     """Serve with `config.workers` processes until SIGTERM or SIGINT; SIGHUP makes each reload.
 
     `ready` is told the address, and a line for each model, once every worker can answer. Raises StartupError with what
-    the first worker to fail says.
+    the first worker to fail says, StoppedError where a signal comes before that.
     """
     async with contextlib.AsyncExitStack() as stack:
         try:
@@ -52,9 +52,13 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
             await say_serving(health_servicer, any(worker.ready for worker in workers))
 
         own = dataclasses.replace(config, port=port, health_port=None)
-        workers = [_Worker(own, number, say_whether_any) for number in range(config.workers)]
+
+        def served() -> set[tuple[str, ...]]:
+            return {worker.serves for worker in workers if worker.ready}
+
+        workers = [_Worker(own, number, say_whether_any, served) for number in range(config.workers)]
         try:
-            models = await asyncio.gather(*(worker.start() for worker in workers))
+            models = await _before(stopped, asyncio.gather(*(worker.start() for worker in workers)))
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload_all, workers)
             await say_whether_any()
             ready(f"{bracketed(config.host)}:{port}", start_lines(health_address, metrics_url, models[0]))
@@ -71,12 +75,37 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
             await asyncio.gather(*(worker.ended() for worker in workers))
 
 
-class _Worker:
-    """One worker process, and the one that takes its place when it dies. `changed` is awaited when `ready` does."""
+async def _before(stopped: Stop, starting: asyncio.Future[list[list[str]]]) -> list[list[str]]:
+    """What comes of `starting`. Raises StoppedError where a signal comes first."""
+    stopping = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+    if stopped.is_set():  # then it is why workers do not start, too
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        raise signals.StoppedError(stopped.number)
+    return starting.result()
 
-    def __init__(self, config: ServerConfig, number: int, changed: Callable[[], Awaitable[None]]) -> None:
+
+class _Worker:
+    """One worker process, and the one that takes its place when it dies. `changed` is awaited when `ready` does.
+
+    `served` tells what the workers that live serve: what takes its place serves the same, or does not start.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        number: int,
+        changed: Callable[[], Awaitable[None]],
+        served: Callable[[], set[tuple[str, ...]]],
+    ) -> None:
         self.ready = False
+        self.serves: tuple[str, ...] = ()
         self._changed = changed
+        self._served = served
         self.process: BaseProcess | None = None
         self._config = config
         self._name = f"worker-{number}"
@@ -89,14 +118,19 @@ class _Worker:
         """Start it; a line for each of its models, once it can answer. Raises StartupError with what it says."""
         context = multiprocessing.get_context("spawn")
         self._link, theirs = context.Pipe()
-        self.process = context.Process(target=_run_worker, args=(self._config, theirs), name=self._name, daemon=False)
-        self.process.start()
+        arguments = (self._config, theirs, self._served())
+        self.process = context.Process(target=_run_worker, args=arguments, name=self._name, daemon=False)
+        with signals.held():  # Python's start is no place for a Ctrl-C, which the terminal sends to workers as well
+            self.process.start()
         theirs.close()
         loop = asyncio.get_running_loop()
         self._started, self._over = loop.time(), loop.create_future()
         loop.add_reader(self.process.sentinel, self._end, self.process.sentinel, self._over)
         try:
-            outcome: list[str] | str = await asyncio.to_thread(self._link.recv)
+            outcome: list[str] | tuple[str, ...] | str = await asyncio.to_thread(self._link.recv)
+            if isinstance(outcome, tuple):
+                self.serves = outcome
+                outcome = await asyncio.to_thread(self._link.recv)
         except EOFError:
             await self.ended()
             raise StartupError(f"{self._name} ended before it was ready, with status {self.process.exitcode}") from None
@@ -104,32 +138,40 @@ class _Worker:
             await self.ended()
             raise StartupError(outcome)
         self.ready = True
+        loop.add_reader(self._link.fileno(), self._hear, self._link)
         if self._reload_due:
             self.reload()
-        return outcome
+        return list(outcome)
 
     async def keep(self) -> None:
         """Start it again whenever it dies."""
-        deaths = 0
+        failures = 0
         while True:
             await self.ended()
             self.ready = False
             await self._changed()
             lived = asyncio.get_running_loop().time() - self._started
-            deaths = 0 if lived > _LONG_ENOUGH else deaths
-            delay = _BACKOFF[min(deaths, len(_BACKOFF) - 1)]
+            failures = 0 if lived > _LONG_ENOUGH else failures
             status = self.process.exitcode if self.process else None
-            log.error("%s died with status %s after %.0f s; started again in %.0f s", self._name, status, lived, delay)
-            deaths += 1
-            await asyncio.sleep(delay)
-            try:
-                await self.start()
-                await self._changed()
-                log.info("%s is ready again", self._name)
-            except StartupError as error:
-                log.error("%s does not start: %s", self._name, error)  # noqa: TRY400 - the message says it all
-            except Exception:  # no process to be had, say: tried again like the rest
-                log.exception("%s does not start", self._name)
+            why: str | None = f"died with status {status} after {lived:.0f} s"
+            while why:
+                delay = _BACKOFF[min(failures, len(_BACKOFF) - 1)]
+                log.error("%s %s; started again in %.0f s", self._name, why, delay)
+                failures += 1
+                await asyncio.sleep(delay)
+                why = await self._why_not_started()
+            await self._changed()
+            log.info("%s is ready again", self._name)
+
+    async def _why_not_started(self) -> str | None:
+        """Start it: None once it is ready."""
+        try:
+            await self.start()
+        except StartupError as error:
+            return f"does not start: {error}"
+        except Exception as error:  # no process to be had, say: tried again like the rest
+            return f"does not start: {type(error).__name__}: {error}"
+        return None
 
     async def ended(self) -> None:
         """Wait for its end."""
@@ -151,6 +193,13 @@ class _Worker:
         if self.ready:
             self.signal(signal.SIGHUP)
 
+    def _hear(self, link: Connection) -> None:
+        """It tells what it serves after a reload. Nothing more comes once it has ended."""
+        try:
+            self.serves = link.recv()
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(link.fileno())
+
     @staticmethod
     def _end(sentinel: int, over: asyncio.Future[None]) -> None:
         asyncio.get_running_loop().remove_reader(sentinel)
@@ -163,18 +212,33 @@ def _reload_all(workers: list[_Worker]) -> None:
         worker.reload()
 
 
-def _run_worker(config: ServerConfig, link: Connection) -> None:
-    """What a worker process does. It stops with SIGTERM, and when its parent is gone."""
+def _run_worker(config: ServerConfig, link: Connection, served: set[tuple[str, ...]]) -> None:
+    """What a worker process does. It stops with SIGTERM, and when its parent is gone.
+
+    It tells its parent what it would serve, which must be among `served` unless that is empty; a line for each model
+    once it is ready; and what it serves after each reload. Or, instead, why it does not start.
+    """
+    signals.end_at_signals()
     logs.configure(config.log_format)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can reload
 
-    def ready(_address: str, models: list[str]) -> None:
+    def serves(models: tuple[str, ...]) -> None:
+        if served and not started and models not in served:
+            raise StartupError(
+                f"what is on disk is not what the other workers serve: {', '.join(models)}, not "
+                f"{' or '.join(', '.join(others) for others in served)}; SIGHUP makes all of them change"
+            )
         link.send(models)
-        # Nothing more is said over the link: that it can be read means that the parent has ended, however.
+
+    def ready(_address: str, models: list[str]) -> None:
+        started.append(True)
+        link.send(models)
+        # The parent says nothing over the link: that it can be read means that the parent has ended, however.
         asyncio.get_running_loop().add_reader(link.fileno(), _parent_is_gone, link)
 
+    started: list[bool] = []
     try:
-        run(serve(config, ready=ready))
+        run(serve(config, ready=ready, serves=serves))
     except StartupError as error:
         link.send(str(error))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_bench.server_process import ServerProcess, ServerStartError
 from matvae_client import Codes, CodesDirectory
 from matvae_server.bundle import Bundle
+from matvae_server.errors import FailedPreconditionError
 from matvae_server.galleries import MESSAGE_BYTES, MOST_IDS, Gallery, GalleryError
 
 TIMEOUT = 30
@@ -149,7 +151,7 @@ def test_a_shard_that_is_missing_for_good_is_no_writers_doing(
     gallery = Gallery.open("random", directory.path, [bundle.card])
     for shard in directory.path.glob("*.codes"):
         shard.unlink()
-    with pytest.raises(store.StoreError, match="cannot be read"):
+    with pytest.raises(FailedPreconditionError, match=r"gallery 'random' .*codes cannot be read"):
         gallery.summary()
 
 
@@ -284,6 +286,33 @@ def test_a_gallery_that_becomes_another_models_is_refused(
         assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
         assert "f" * 64 in caught.value.details()
         assert str(tmp_path) not in caught.value.details()
+
+
+@pytest.mark.parametrize("broken", ["missing", "damaged"])
+def test_a_gallery_that_breaks_is_left_out_of_the_list_and_its_pulls_say_why(
+    start_server: Callable[..., ServerProcess], random_codes: Codes, tmp_path: Path, broken: str
+) -> None:
+    for name in ("good", "bad"):
+        CodesDirectory(tmp_path / name).append(random_codes[:3])
+    flags = [word for name in ("bad", "good") for word in ("--gallery", f"{name}={tmp_path / name}")]
+    with start_server(*flags) as server, grpc.insecure_channel(server.address) as channel:
+        stub = pb_grpc.EmbeddingServiceStub(channel)
+        if broken == "missing":
+            shutil.rmtree(tmp_path / "bad")
+        else:
+            (shard,) = (tmp_path / "bad").glob("*.codes")
+            shard.write_bytes(b"")
+        listed = stub.ListGalleries(pb.ListGalleriesRequest(), timeout=TIMEOUT).galleries
+        assert [gallery.name for gallery in listed] == ["good"]
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.PullGallery(pb.PullGalleryRequest(gallery="bad"), timeout=TIMEOUT))
+        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert "gallery 'bad' cannot be read now: " in caught.value.details()
+        assert ("manifest.json" if broken == "missing" else shard.name) in caught.value.details()
+        assert str(tmp_path) not in caught.value.details()
+        assert server.log.count("left out of a list: gallery 'bad'") == 1
+        _, log = server.stop()
+        assert "Traceback" not in log
 
 
 def test_ids_that_cannot_travel_are_refused_at_the_start(random_codes: Codes, bundle: Bundle, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from matvae_server.images import ImageError, Limits, PixelBudget, decode
 
@@ -65,6 +65,27 @@ def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # stored upside down
     assert np.array_equal(decode(png(upright[::-1], exif=exif), GREY, LIMITS, budget())[..., 0], upright)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_what_pillow_makes_of_it(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.random.default_rng(0).integers(0, 256, (28, 40), np.uint8)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(png(stored, exif=exif))))
+    fitted = np.asarray(ImageOps.fit(upright, (28, 28), Image.Resampling.BILINEAR))
+    assert np.array_equal(decode(png(stored, exif=exif), GREY, LIMITS, budget())[..., 0], fitted)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("exif", [b"garbage", b"Exif\0\0MM\0garbage"])
+def test_an_image_whose_exif_is_garbage_is_not(images, kind: str, exif: bytes) -> None:
+    picture = Image.fromarray(images.query_images[0][..., 0])
+    plain, spoilt = io.BytesIO(), io.BytesIO()
+    picture.save(plain, kind)
+    picture.save(spoilt, kind, exif=exif)
+    first, second = (decode(file.getvalue(), GREY, LIMITS, budget()) for file in (plain, spoilt))
+    assert np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])

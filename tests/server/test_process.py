@@ -1,6 +1,7 @@
 """The process: how it starts, refuses to start, and stops."""
 
 import dataclasses
+import json
 import os
 import queue
 import re
@@ -162,6 +163,26 @@ def test_an_idle_server_stops_at_once(start_server, number: signal.Signals) -> N
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", ["--check", "--measure", "--workers=1", "--workers=2"])
+def test_a_signal_while_it_loads_ends_it_at_once(
+    bundle_copy: Path, tmp_path: Path, how: str, number: signal.Signals
+) -> None:
+    """Its bundle is never done: who reads a FIFO waits for a writer who writes. The signal is to its whole group."""
+    model = bundle_copy / bundles.MODEL
+    model.unlink()
+    os.mkfifo(model)
+    command = [sys.executable, "-m", "matvae_server", "--port", "0", "--bundle", str(bundle_copy), how]
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process,
+        model.open("w"),  # it reads now; and goes on to until this is closed
+    ):
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=30)
+    assert (process.returncode, *said) == (128 + number, "", "")
+
+
 def test_flags_have_environment_variables_and_win(start_server, bundle_copy: Path) -> None:
     environment = {"MATVAE_BUNDLE": str(bundle_copy), "MATVAE_PORT": "1", "MATVAE_RUNTIME": "torch"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -170,10 +191,48 @@ def test_flags_have_environment_variables_and_win(start_server, bundle_copy: Pat
         assert reply.runtime == "torch-cpu"
 
 
-def test_a_variable_that_is_no_number_is_named() -> None:
-    done = serve(MATVAE_PORT="abc")
+@pytest.mark.parametrize(
+    ("variable", "value", "wanted"),
+    [
+        ("MATVAE_PORT", "abc", "a whole number"),
+        ("MATVAE_WORKERS", "1.5", "a whole number"),
+        ("MATVAE_DRAIN_SECONDS", "long", "a number"),
+        ("MATVAE_INSECURE", "maybe", "0 or 1"),
+        ("MATVAE_RUNTIME", "jax", "one of auto, onnxruntime, torch"),
+    ],
+)
+def test_a_variable_that_cannot_be_read_is_named(variable: str, value: str, wanted: str) -> None:
+    done = serve(**{variable: value})
     assert done.returncode == 2
-    assert "MATVAE_PORT must be a number, not 'abc'" in done.stderr
+    assert f"{variable} must be {wanted}, not {value!r}" in done.stderr
+    assert serve("--help", **{variable: value}).returncode == 0
+
+
+def test_a_flag_wins_over_a_variable_that_cannot_be_read() -> None:
+    """Kubernetes sets such a one in every pod beside a Service named matvae."""
+    done = serve("--port", "0", "--check", MATVAE_PORT="tcp://10.0.0.1:50051")
+    assert done.returncode == 0, done.stderr
+    done = serve("--port", "no", MATVAE_PORT="tcp://10.0.0.1:50051")
+    assert "argument --port: invalid int value: 'no'" in done.stderr
+
+
+def test_a_command_line_that_cannot_be_is_told_in_json() -> None:
+    for wrong in ("--port=no", "--port=65536"):
+        done = serve(wrong, "--log-format", "json")
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert "port" in json.loads(line)["message"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that takes nothing")
+@pytest.mark.parametrize("how", ["--check", "--measure", "--workers=1", "--workers=2"])
+def test_a_stdout_that_takes_nothing_is_told_in_a_line(how: str) -> None:
+    command = [sys.executable, "-m", "matvae_server", "--port", "0", how]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    *before, last = done.stderr.splitlines()
+    assert (done.returncode, last) == (1, "matvae-serve: cannot write to stdout: No space left on device")
+    assert all(line.endswith("INFO draining") for line in before), "workers that were ready already"
 
 
 @pytest.mark.parametrize("milliseconds", [0, 50_001])
@@ -209,8 +268,9 @@ def test_ipv6_is_bracketed(start_server) -> None:
             probe.bind(("::1", 0))
     except OSError:
         pytest.skip("this machine has no IPv6 loopback")
-    with start_server("--host", "::1") as server:
-        assert server.address.startswith("[::1]:")
+    for host in ("::1", "[::1]"):
+        with start_server("--host", host) as server:
+            assert server.address.startswith("[::1]:")
 
 
 @pytest.mark.parametrize(
@@ -225,6 +285,9 @@ def test_ipv6_is_bracketed(start_server) -> None:
         (["--workers", "0"], 2, "workers must be at least 1"),
         (["--max-queue", "10"], 2, "max_queue must hold one full request of 256"),
         (["--workers", "100000"], 2, "workers must be at most 1,024"),
+        (["--max-queue", "4294967296"], 2, "max_queue must be at most 2,147,483,647"),
+        (["--max-batch", "65537"], 2, "max_batch must be at most 65,536"),
+        (["--check", "--measure"], 2, "not allowed with"),
         (["--threads", "5000"], 2, "threads must be at most 1,024"),
         (["--keepalive-seconds", "0"], 2, "keepalive_seconds must be 1 to"),
         (["--threads", "-1"], 2, "threads must be at least 0 (choose)"),

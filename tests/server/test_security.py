@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime
 import subprocess
 import sys
 import time
@@ -296,6 +297,23 @@ def test_files_that_cannot_be_used_are_refused(
     with pytest.raises(security.SecurityError, match=says) as refused:
         use(wanted)
     assert "PRIVATE KEY" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("days", "says"), [((-2, -1), "certificate has expired"), ((1, 2), "certificate is not yet valid"), ((-1, 1), None)]
+)
+def test_a_certificate_out_of_its_time_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, days: tuple[int, int], says: str | None
+) -> None:
+    start, end = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=day) for day in days)
+    issued = trustme.CA().issue_cert("localhost", not_before=start, not_after=end)
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    issued.private_key_pem.write_to_path(key)
+    assert security.credentials(Security(tls_cert=cert, tls_key=key)) is not None
+    assert [record.getMessage() for record in caplog.records] == (
+        [f"--tls-cert {cert}: clients will refuse it: {says}"] if says else []
+    )
 
 
 def test_the_process_says_what_is_wrong_with_its_files(files: Files, tmp_path: Path) -> None:

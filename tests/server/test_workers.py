@@ -143,6 +143,40 @@ def test_every_worker_reloads(start_server: Start, bundle: bundles.Bundle, tmp_p
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_is_replaced_by_one_that_serves_the_same(
+    start_server: Start, bundle: bundles.Bundle, tmp_path: Path
+) -> None:
+    """Another bundle has taken the place of the one that is served, and nobody has said SIGHUP yet."""
+    served = Path(shutil.copytree(bundle.path, tmp_path / "served"))
+    new = other_model(bundle, tmp_path / "new", bundle.card.name)
+
+    def fingerprints() -> set[str]:
+        found = set()
+        for _ in range(16):
+            with own_connection(server.address) as channel:
+                codes = pb_grpc.EmbeddingServiceStub(channel).Embed(ONE, timeout=GIVE_UP, wait_for_ready=True).codes
+                found.add(codes.fingerprint)
+        return found
+
+    with start_server("--workers", "2", "--bundle", str(served)) as server:
+        for file in (tmp_path / "new").iterdir():
+            shutil.copy(file, served)
+        os.kill(min(children(server.process)), signal.SIGKILL)
+        until(lambda: server.log.count("SIGHUP makes all of them change") == 2)
+        assert server.log.count(" ERROR ") == 3, "it died, and was refused twice"
+        assert "ready again" not in server.log
+        assert fingerprints() == {bundle.card.fingerprint}
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "worker-0 is ready again" in server.log or "worker-1 is ready again" in server.log)
+        assert fingerprints() == {new}
+        log = server.log
+        for worker in children(server.process):  # what was reloaded counts now
+            os.kill(worker, signal.SIGKILL)
+        until(lambda: server.log.count("is ready again") == 3)
+        assert "SIGHUP" not in server.log.removeprefix(log)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_lets_workers_finish(pair: ServerProcess, number: signal.Signals) -> None:
     """As Ctrl-C and service managers do it: a worker is told by them, and again by its parent."""
@@ -355,6 +389,14 @@ def test_check_tries_the_ports_and_tells_of_more_threads_than_cores() -> None:
     assert f"note: 127.0.0.1:{port} (--metrics-port) cannot be taken now" in done.stdout
     wide = str(os.cpu_count() or 1)
     assert "note: workers x threads are" in serve("--check", "--port", "0", "--workers", "2", "--threads", wide).stdout
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "203.0.113.1"])
+def test_check_refuses_a_host_that_cannot_be_listened_on(host: str) -> None:
+    done = serve("--check", "--port", "0", "--host", host, "--insecure")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"cannot listen on {host}:0 (--port)" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_measure_prints_the_encoders_rates() -> None:
