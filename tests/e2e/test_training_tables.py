@@ -74,12 +74,11 @@ NESTED: dict[tuple[str, str, str], Mapping[str, Any]] = {
     ("README.md", "multitask", "CIFAR-10, mild views"): {
         "heads": "untied",
         "augmentation": "garments",
-        "heads_weight": 4.0,
+        "batch_size": 512,
     },
-    ("README.md", "multitask", "CIFAR-10, mild views, images halved at once"): {
-        "heads": "untied",
+    ("README.md", "multitask", "CIFAR-10, mild views, a larger encoder"): {
         "augmentation": "garments",
-        "heads_weight": 1.0,
+        "stem_stride": 1,
     },
     ("README.md", "multitask", "CIFAR-10, strong views"): {"heads": "untied", "augmentation": "photos"},
 }
