@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -13,17 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_bench.server_process import ServerProcess, ServerStartError
-from matvae_client import Codes, CodesDirectory
 from matvae_server import metrics
-from matvae_server.bundle import Bundle
 from matvae_server.call import Call
 from matvae_server.config import ServerConfig, cores
 
@@ -179,33 +176,15 @@ def test_the_log_is_json_with_ids_and_holds_no_secret(
             assert form not in log
 
 
-def test_an_incident_is_one_line_with_its_traceback_and_its_id(
-    start_server: Callable[..., ServerProcess], bundle: Bundle, tmp_path: Path
-) -> None:
-    """A gallery that vanishes under the server is nobody's fault but the operator's."""
-    card = bundle.card
-    vectors = np.zeros((1, card.network.dimensions), np.float32)
-    gallery = CodesDirectory(tmp_path / "gallery")
-    gallery.append(
-        Codes(
-            rows=codec.pack(vectors, "float32", card.quantiser),
-            dimensions=card.network.dimensions,
-            precision="float32",
-            fingerprint=card.fingerprint,
-            quantiser=card.quantiser,
-            ids=("a",),
-        )
-    )
-    with (
-        start_server("--gallery", f"g={gallery.path}", "--log-format", "json") as server,
-        grpc.insecure_channel(server.address) as channel,
-    ):
-        gallery.path.rename(tmp_path / "elsewhere")
+def test_an_incident_is_one_line_with_its_traceback_and_its_id() -> None:
+    here = os.pathsep.join((str(Path(__file__).parent), *sys.path))
+    failing = ServerProcess("--log-format", "json", module="failing_server", environment={"PYTHONPATH": here})
+    with failing as server, grpc.insecure_channel(server.address) as channel:
         stub = pb_grpc.EmbeddingServiceStub(channel)
-        call = stub.ListGalleries.future(pb.ListGalleriesRequest(), metadata=METADATA, timeout=TIMEOUT)
-        error: Any = call.exception()
+        white = pb.EmbedRequest(raw=pb.RawImages(pixels=b"\xff" * 784, shape=(1, 28, 28, 1)))
+        error: Any = stub.Embed.future(white, metadata=METADATA, timeout=TIMEOUT).exception()
         assert error.code() == grpc.StatusCode.INTERNAL
-        assert str(tmp_path) not in error.details()
+        assert "secret" not in error.details()
         assert "the-callers-own" in error.details()
         assert trailers(error)["x-request-id"] == "the-callers-own"
         stub.GetModel(pb.GetModelRequest(), metadata=METADATA, timeout=TIMEOUT)
@@ -215,10 +194,10 @@ def test_an_incident_is_one_line_with_its_traceback_and_its_id(
     about_calls = [line for line in map(json.loads, log.splitlines()) if "request_id" in line]
     assert len(about_calls) == 1, "without --access-log only what is the server's fault has a line"
     incident = about_calls[0]
-    assert (incident["level"], incident["method"], incident["code"]) == ("ERROR", "ListGalleries", "INTERNAL")
+    assert (incident["level"], incident["method"], incident["code"]) == ("ERROR", "Embed", "INTERNAL")
     assert incident["request_id"] == "the-callers-own"
     assert incident["exception"].startswith("Traceback")
-    assert "StoreError" in incident["exception"]
+    assert "the encoder broke on /a/secret/path" in incident["exception"]
     assert "total_ms" in incident
 
 
