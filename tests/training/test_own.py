@@ -15,9 +15,10 @@ from torch import nn
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_server import bundle, card, runtimes
-from matvae_training import own, summary
+from matvae_training import ordering, own, summary
 from matvae_training.config import OBJECTIVES, FitConfig, FitError
 from matvae_training.data import Dataset, Split
+from matvae_training.export import ExportError
 from matvae_training.fit import train
 
 TIMEOUT = 30
@@ -215,6 +216,16 @@ def test_an_objective_that_reconstructs_needs_a_decoder(data):
     config = FitConfig(epochs=1, batch_size=16, prefix_weights=(1.0, 1.0))
     with pytest.raises(FitError, match="without a decoder cannot reconstruct"):
         train(model, data.train.images, config)
+
+
+def test_a_model_that_blew_up_is_told(data, tmp_path):
+    model = own.Model(tiny(), (8, 8, 1), prefixes=(2, 4), decoder_hidden=None)
+    with torch.no_grad():
+        next(model.encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(FitError, match="features that are not finite"):
+        ordering.order(model, data.train.images)
+    with pytest.raises(ExportError, match="codes that are not finite"):
+        own.export(model, data, tmp_path, name="tiny", license="MIT")
 
 
 def test_a_module_that_gives_no_features_is_refused():

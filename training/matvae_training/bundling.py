@@ -15,7 +15,7 @@ from matvae_server.card import Card, Metric
 from matvae_training import device
 from matvae_training.data import Split
 from matvae_training.evaluate import evaluate, fit_quantiser
-from matvae_training.export import INVARIANCE_BATCHES, Servable, batch_invariance, export, throughput
+from matvae_training.export import INVARIANCE_BATCHES, ExportError, Servable, batch_invariance, export, throughput
 from matvae_training.extras import kmeans_accuracy, reconstruction_mse, sampled_mlp_accuracy
 from matvae_training.probes import LOGISTIC, MLP, ProbeConfig, train_heads
 
@@ -140,11 +140,15 @@ def _heads(model: Servable, codes: Tensor, labels: Tensor, classes: int, probe: 
 def encode(model: Servable, images: Tensor, batch_size: int = 1000) -> Tensor:
     """uint8 images (n, height, width, channels) -> float32 codes (n, dimensions), in eval mode.
 
-    The codes are on the CPU, and computed where the model is; the images may be on either.
+    The codes are on the CPU, and computed where the model is; the images may be on either. Raises ExportError where a
+    code is not finite: nobody could be served by such a model.
     """
     model.eval()
     where = device.of(model.encoder)
-    return torch.cat([model.encoder(batch.to(where)).cpu() for batch in torch.split(images, batch_size)])
+    codes = torch.cat([model.encoder(batch.to(where)).cpu() for batch in torch.split(images, batch_size)])
+    if not torch.isfinite(codes).all():
+        raise ExportError("the encoder gives codes that are not finite: train with a lower learning rate")
+    return codes
 
 
 def table(card: Card) -> str:

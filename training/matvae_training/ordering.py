@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from matvae_training import device
+from matvae_training.config import FitError
 from matvae_training.objectives.composition import Network
 
 TAPER = 0.5
@@ -38,12 +39,14 @@ def order(model: Network, images: Tensor) -> None:
     Exact, but for rounding: the codes are A times what they were, and the decoder makes the same image of every prefix.
     Not exact: the posterior. A diagonal covariance does not stay one under a rotation, so `log_variance` becomes the
     affine map of the features that is nearest, by least squares, to the logarithm of the diagonal of A diag(v) A^T.
-    Sampled codes change by that; what is served, the means, does not.
+    Sampled codes change by that; what is served, the means, does not. Raises FitError where features are not finite.
     """
     model.eval()
     encoder: Any = model.encoder
     where = device.of(encoder)
     features = torch.cat([encoder.features(chunk.to(where)).cpu() for chunk in torch.split(images, _CHUNK)]).double()
+    if not torch.isfinite(features).all():
+        raise FitError("the encoder gives features that are not finite: train with a lower learning rate")
     model.to(torch.device("cpu"))  # the algebra is small
     covariance = torch.cov(_affine(encoder.mean, features).T, correction=0)
     change = ordering(covariance, model.config.prefixes)
