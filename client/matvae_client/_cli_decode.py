@@ -20,6 +20,7 @@ from matvae_client._cli_arguments import connect, positive
 from matvae_client._codes import Codes
 from matvae_client._decode import prefix_of
 from matvae_client._errors import InvalidRequestError
+from matvae_client._orientation import upright
 
 HELP = "turn codes back into images: what each prefix still shows"
 EXAMPLES = """\
@@ -190,7 +191,7 @@ def _at_model_size(path: str, wanted: InputSpec) -> codec.Bytes:
     from PIL import Image, ImageOps
 
     with Image.open(path) as file:
-        image: Image.Image = ImageOps.exif_transpose(file)
+        image = upright(file)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)

@@ -18,6 +18,7 @@ from matvae.v1 import embedding_pb2 as pb
 from matvae_client import _headers
 from matvae_client._card import Limits
 from matvae_client._errors import InvalidRequestError, ItemError
+from matvae_client._orientation import EXIF_TAG, orientation
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
@@ -204,7 +205,11 @@ def _check_array(array: npt.NDArray[Any], shape: Shape, field: str) -> None:
 def _png(image: Any) -> bytes:
     if image.mode.startswith(("I", "F")):
         raise ValueError("samples of more than 8 bits are not accepted: convert to 8 bits per channel")
-    exif = image.getexif()  # the orientation is the server's to apply, as it does for files
+    from PIL import Image
+
+    exif = Image.Exif()  # the orientation is the server's to apply, as it does for files; nothing else is its business
+    if (turned := orientation(image)) != 1:
+        exif[EXIF_TAG] = turned
     if image.mode not in _PNG_MODES:
         image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, "RGB"))
     buffer = io.BytesIO()

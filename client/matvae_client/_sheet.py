@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matvae_client._index import Neighbours
+from matvae_client._orientation import upright
 
 SIDE = 112
 """Pixels of a thumbnail's longer side."""
@@ -78,11 +79,11 @@ def _figure(name: str, note: str, data: bytes | None) -> str:
 
 def _thumbnail(path: Path) -> bytes | None:
     """A small PNG of an image file; None where there is none that can be read."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
-            small = ImageOps.exif_transpose(image).convert("RGBA")
+            small = upright(image).convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     small.thumbnail((SIDE, SIDE))

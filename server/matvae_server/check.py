@@ -75,7 +75,7 @@ def _port_note(config: ServerConfig, flag: str) -> str | None:
     if port is None:
         return None
     where = f"{bracketed(config.host)}:{port}"
-    refusals: list[OSError] = []
+    refusals: list[OSError | UnicodeError] = []  # the second: no name of a host
     try:
         for family, *_ in socket.getaddrinfo(config.host, port, type=socket.SOCK_STREAM):
             try:
@@ -84,12 +84,12 @@ def _port_note(config: ServerConfig, flag: str) -> str | None:
                 refusals.append(error)
             else:
                 return None  # one of a name's addresses is enough
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         refusals.append(error)
     for refusal in refusals:
-        if refusal.errno == errno.EADDRINUSE:
+        if isinstance(refusal, OSError) and refusal.errno == errno.EADDRINUSE:
             return f"note: {where} ({flag}) cannot be taken now: {refusal.strerror}"
-    raise StartupError(f"cannot listen on {where} ({flag}): {refusals[0].strerror}")
+    raise StartupError(f"cannot listen on {where} ({flag}): {getattr(refusals[0], 'strerror', None) or refusals[0]}")
 
 
 def _describe(config: ServerConfig, model: Model) -> list[str]:

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 after a clean stop, 1 if it could not start, 128 and the signal's number where one came before it was ready.
     """
-    signals.end_at_signals()
+    if arguments is None:  # the process is the command's, and so are its signals
+        signals.end_at_signals()
     style = _quieten_grpc(arguments)
     try:
         import grpc_health.v1  # noqa: F401

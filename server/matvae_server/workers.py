@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -119,9 +120,11 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self._link, theirs = context.Pipe()
         arguments = (self._config, theirs, self._served())
-        self.process = context.Process(target=_run_worker, args=arguments, name=self._name, daemon=False)
+        process = context.Process(target=_run_worker, args=arguments, name=self._name, daemon=False)
+        resource_tracker.ensure_running()  # which else the first start does, and lets signals through again
         with signals.held():  # Python's start is no place for a Ctrl-C, which the terminal sends to workers as well
-            self.process.start()
+            process.start()
+        self.process = process
         theirs.close()
         loop = asyncio.get_running_loop()
         self._started, self._over = loop.time(), loop.create_future()
@@ -262,8 +265,8 @@ def _reserved(config: ServerConfig) -> Iterator[int]:
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             held.bind((config.host, port))
             yield port
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second: no name of a host
         raise StartupError(
-            f"cannot listen on {bracketed(config.host)}:{config.port}: {error.strerror}. "
+            f"cannot listen on {bracketed(config.host)}:{config.port}: {getattr(error, 'strerror', None) or error}. "
             "Choose another with --port (0: a free one) or --host"
         ) from None

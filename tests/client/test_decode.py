@@ -200,15 +200,16 @@ def test_a_sheet_of_codes(decode: Run, client: EmbeddingClient, photos: Path, tm
     assert (of_file[:, 4 + 6 * 88 :] == 255).all()
 
 
+@pytest.mark.parametrize("garbage", [False, True])
 def test_images_are_shown_as_the_server_saw_them(
-    client: EmbeddingClient, decode: Run, images: LabelledImages, tmp_path: Path
+    client: EmbeddingClient, decode: Run, images: LabelledImages, tmp_path: Path, garbage: bool
 ) -> None:
     """Turned by EXIF, transparent, in colour and of another size: the original shown has the code of the file."""
     grey = Image.fromarray(images.query_images[0, ..., 0]).resize((60, 45))
     picture = Image.merge("RGBA", (grey, grey.rotate(90), grey.rotate(180), grey.rotate(270)))
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(tmp_path / "odd.png", exif=exif)
+    picture.save(tmp_path / "odd.png", exif=b"Exif\0\0MM\0garbage" if garbage else exif)
     assert decode("odd.png", "--out", "sheet.png").returncode == 0
     shown = opened(tmp_path / "sheet.png")[20 : 20 + 84 : 3, 4 : 4 + 84 : 3]
     buffer = io.BytesIO()

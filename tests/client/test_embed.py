@@ -102,6 +102,10 @@ def test_a_pil_image_gives_the_code_of_its_file(client: EmbeddingClient, images:
         from_file = client.embed(file.getvalue())
         assert client.embed(Image.open(file)).rows.tobytes() == from_file.rows.tobytes()
         assert client.embed(plain.getvalue()).rows.tobytes() != from_file.rows.tobytes()
+    file, plain = io.BytesIO(), io.BytesIO()
+    picture.save(file, "PNG", exif=b"Exif\0\0MM\0garbage")
+    picture.save(plain, "PNG")
+    assert client.embed(Image.open(file)).rows.tobytes() == client.embed(plain.getvalue()).rows.tobytes()
 
 
 def test_a_pil_image_of_a_broken_file_fails_alone(client: EmbeddingClient, images: LabelledImages, png: Encode) -> None:

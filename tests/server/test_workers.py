@@ -391,7 +391,7 @@ def test_check_tries_the_ports_and_tells_of_more_threads_than_cores() -> None:
     assert "note: workers x threads are" in serve("--check", "--port", "0", "--workers", "2", "--threads", wide).stdout
 
 
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "203.0.113.1"])
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "203.0.113.1", "a..b"])
 def test_check_refuses_a_host_that_cannot_be_listened_on(host: str) -> None:
     done = serve("--check", "--port", "0", "--host", host, "--insecure")
     assert (done.returncode, done.stdout) == (1, "")

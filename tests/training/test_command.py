@@ -446,6 +446,14 @@ def test_a_class_of_the_held_out_images_alone(data_root, tmp_path, monkeypatch):
     assert fit(data_root, tmp_path / "out", *few, "--validation", "60", "--patience", "1") == 0
 
 
+def test_a_run_that_could_not_begin_is_no_run(data_root, tmp_path):
+    run = ("--epochs", "1", "--prefixes", "2,4", "--conv-channels", "8", "--run", str(tmp_path / "run"))
+    assert fit(data_root, tmp_path / "out", *run, "--batch-size", "601") == 2
+    assert fit(data_root, tmp_path / "out", *run, "--batch-size", "64", "--log", str(tmp_path / "none" / "log")) == 2
+    assert fit(data_root, tmp_path / "out", *run, "--batch-size", "64") == 0
+    assert fit(data_root, tmp_path / "out", *run, "--batch-size", "64") == 2, "now it is one"
+
+
 def test_a_resumed_run_does_not_say_that_it_took_no_time(data_root, tmp_path):
     few = ("--epochs", "1", "--batch-size", "64", "--prefixes", "2,4", "--conv-channels", "8")
     for more in ((), ("--resume",)):

@@ -56,4 +56,6 @@ def origin(bundle: Bundle) -> str:
     """What a card says of it: without that, the model that rests on it cannot be made again."""
     told = ("config", "seed", "commit", "command", "versions")
     known = {key: bundle.card.provenance[key] for key in told if key in bundle.card.provenance}
-    return json.dumps({"fingerprint": bundle.card.fingerprint, **known})
+    network = json.dumps(bundle.card.network.fields(), sort_keys=True)
+    ordered = bundle.card.provenance.get("ordered", "false")
+    return json.dumps({"fingerprint": bundle.card.fingerprint, "network": network, "ordered": ordered, **known})

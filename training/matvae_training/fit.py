@@ -178,7 +178,7 @@ def train(
             costs.loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
-            if step == steps:
+            if step == steps or (checkpoint and ends):
                 _check_codes(model, images[rows], step, checkpoint)
             validation_loss = stopping.see(objective, model, size, held_nearest) if stopping and ends else None
             elapsed = time.perf_counter() - started
@@ -229,7 +229,7 @@ _NEEDS = {
 
 @torch.no_grad()
 def _check_codes(model: Network, images: Tensor, step: int, checkpoint: Checkpoint | None) -> None:
-    """The last step's weights, which no loss has seen, before they are saved."""
+    """Weights that no loss has seen, before they are saved or served."""
     model.eval()
     codes, _ = model.encoder.posterior(images)
     model.train()

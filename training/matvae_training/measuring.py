@@ -26,7 +26,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         torch.set_num_threads(options.threads)
     if options.out is not None:  # now, not after minutes
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        if options.out.is_dir() or not os.access(options.out.parent, os.W_OK):
+        if options.out.is_dir() or not os.access(options.out if options.out.exists() else options.out.parent, os.W_OK):
             raise FitError(f"{options.out} cannot be written: give a file in a directory of yours")
     {"evaluate": _evaluate, "speed": _speed, "pack": _pack}[options.command](options, command)
 

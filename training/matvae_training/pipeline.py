@@ -131,7 +131,10 @@ def fit_bundle(
 
     found = f", the {config.objective.neighbours} nearest of each first" if config.objective.neighbours else ""
     say(f"fit: {len(data.train)} images, {config.epochs} epochs{found}")
-    with contextlib.nullcontext() if log is None else log.open("a" if resume else "w", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
+        if kept:
+            stack.enter_context(kept)
+        file = None if log is None else stack.enter_context(log.open("a" if resume else "w", encoding="utf-8"))
         model = fit(
             data.train.images,
             network,

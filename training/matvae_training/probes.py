@@ -29,7 +29,7 @@ class ProbeConfig:
     kind: str
     hidden: tuple[int, ...] = ()
     epochs: int = 30
-    least_steps: int = 1000
+    least_steps: int = 0
     batch_size: int = 512
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
@@ -37,8 +37,8 @@ class ProbeConfig:
     seed: int = 0
 
 
-LOGISTIC = ProbeConfig(kind="logistic", epochs=15, learning_rate=1e-2, weight_decay=0.0)
-MLP = ProbeConfig(kind="mlp", hidden=(256,), epochs=40, learning_rate=5e-3, dropout=0.2)
+LOGISTIC = ProbeConfig(kind="logistic", epochs=15, least_steps=1000, learning_rate=1e-2, weight_decay=0.0)
+MLP = ProbeConfig(kind="mlp", hidden=(256,), epochs=40, least_steps=300, learning_rate=5e-3, dropout=0.2)
 
 
 class StackedProbe(nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from matvae_training.checkpoint import Checkpoint
 from matvae_training.config import FitError
@@ -31,7 +31,6 @@ CIRCUMSTANCES = ("config", "hardware", "versions", "commit", "command")
 class Run:
     """The directory `path`, made if need be. Raises FitError where it holds another run, or one and not `resume`.
 
-    One that ended before its first epoch did is none.
 
     `legs` are the CIRCUMSTANCES under which it began and, one after the other, went on.
     """
@@ -46,8 +45,9 @@ class Run:
         here = {name: description[name] for name in CIRCUMSTANCES if name in description}
         self.legs: list[dict[str, str]] = [here]
         whole: dict[str, Any] = {"format": FORMAT, **description}
-        before = _read(file) if file.exists() else None
-        if before and (self.checkpoint.path.exists() or self._metrics.exists()):
+        self._begun = not file.exists()
+        if not self._begun:
+            before = _read(file)
             if not resume:
                 raise FitError(f"{path} holds a run already: go on with it by --resume, or take another directory")
             _check_same(file, before, description)
@@ -59,6 +59,14 @@ class Run:
         legs = {"legs": self.legs} if len(self.legs) > 1 else {}
         partial.write_text(json.dumps({**whole, **legs}, indent=1) + "\n", encoding="utf-8")
         partial.replace(file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Where it could not begin, withdraw it: what has neither metrics nor a checkpoint is no run to go on with."""
+        if error and self._begun and not self._metrics.exists() and not self.checkpoint.path.exists():
+            (self.path / "run.json").unlink(missing_ok=True)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Add a line of metrics; the first one drops those of steps that the checkpoint had not seen."""

@@ -28,8 +28,8 @@ _DEFAULT = {"prefix_weights": "default", "ordered": "true"}
 """Of what a recipe has beside the configuration, or tells in other words."""
 _NETWORK = {"conv_channels": list(CONV_CHANNELS), "decoder_hidden": 256, "residual_blocks": 0, "stem_stride": 2}
 """Of the encoder and decoder that `fit` makes unless it is told otherwise; in a recipe stands what differs."""
-_ABSENT = {**_NETWORK, "terms": {}}
-"""What a recipe is silent of where it is as usual: those of the network, and terms of one's own."""
+_ABSENT = {**_NETWORK, "terms": {}, "closed_form": ""}
+"""What a recipe is silent of where it is as usual: of the network, of terms of one's own, of closed forms."""
 TIERS = {"false": "Label-free", "true": "With labels", "unknown": "Nobody said whether with labels"}
 COMPARED = ("mlp", "knn")
 """Metrics by which a prefix is compared with a model of that size."""
@@ -102,9 +102,14 @@ class Run:
     @property
     def first(self) -> dict[str, Any]:
         """The recipe of the model whose neighbours it was trained by, but for the seed; empty where there is none."""
-        config: dict[str, Any] = json.loads(json.loads(self.provenance.get("neighbours_of", "{}")).get("config", "{}"))
+        told = json.loads(self.provenance.get("neighbours_of", "{}"))
+        config: dict[str, Any] = json.loads(told.get("config", "{}"))
         config |= config.pop("objective", {})
-        return {key: value for key, value in _complete(config).items() if key != "seed"}
+        network = json.loads(told.get("network", "{}"))
+        unusual = {key: network[key] for key, usual in _NETWORK.items() if network.get(key, usual) != usual}
+        if told.get("ordered", "true") != "true":
+            unusual["ordered"] = told["ordered"]
+        return {key: value for key, value in _complete(config).items() if key != "seed"} | unusual
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
