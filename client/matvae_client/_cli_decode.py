@@ -11,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from matvae import store
+from matvae.orientation import upright
 from matvae.v1 import codec
 from matvae_client import _cli_files as files
 from matvae_client import _cli_output as output
@@ -20,7 +21,6 @@ from matvae_client._cli_arguments import connect, positive
 from matvae_client._codes import Codes
 from matvae_client._decode import prefix_of
 from matvae_client._errors import InvalidRequestError
-from matvae_client._orientation import upright
 
 HELP = "turn codes back into images: what each prefix still shows"
 EXAMPLES = """\

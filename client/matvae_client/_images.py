@@ -14,11 +14,11 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
+from matvae.orientation import EXIF_TAG, orientation
 from matvae.v1 import embedding_pb2 as pb
 from matvae_client import _headers
 from matvae_client._card import Limits
 from matvae_client._errors import InvalidRequestError, ItemError
-from matvae_client._orientation import EXIF_TAG, orientation
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage

@@ -9,8 +9,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from matvae.orientation import upright
 from matvae_client._index import Neighbours
-from matvae_client._orientation import upright
 
 SIDE = 112
 """Pixels of a thumbnail's longer side."""

@@ -162,6 +162,8 @@ class CodesDirectory:
     def _read(self) -> store.Manifest:
         try:
             return store.Manifest.read(self.path)
+        except store.DamagedError as error:
+            raise FormatError(f"{error}; if {self.path} is a copy of a gallery, remove it and pull again") from None
         except store.StoreError as error:
             raise FormatError(str(error)) from None
 

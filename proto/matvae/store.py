@@ -39,6 +39,10 @@ class StoreError(ValueError):
     """The directory is none, is damaged or of a newer format; the message names the file."""
 
 
+class DamagedError(StoreError):
+    """Its manifest is not as it was written, so nothing is known of the directory."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
     """One file of the directory: its rows, its bytes, its SHA-256 and the version that added it."""
@@ -89,10 +93,7 @@ class Manifest:
         except StoreError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StoreError(
-                f"{path} is damaged: {type(error).__name__} {error}; if {folder} is a copy of a gallery, remove it and "
-                "pull again"
-            ) from None
+            raise DamagedError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
     @classmethod
     def _from_json(cls, fields: Mapping[str, Any]) -> Self:

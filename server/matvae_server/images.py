@@ -17,8 +17,9 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from matvae.orientation import upright
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server.errors import InvalidArgumentError
 
@@ -28,17 +29,6 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 _PNG_BIT_DEPTH = 24
 """Where a PNG's header says how many bits a sample has; Pillow cuts 16-bit colours to 8 without a word."""
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What brings an image of each EXIF orientation upright."""
 
 # Pillow's own guard warns or raises by a limit of its own; `Limits` is lower, and is checked at the same moment.
 Image.MAX_IMAGE_PIXELS = None
@@ -142,10 +132,7 @@ def decode(file: bytes, image_shape: tuple[int, int, int], limits: Limits, budge
 
 def _fitted(image: Image.Image, image_shape: tuple[int, int, int]) -> Image.Image:
     height, width, channels = image_shape
-    image.load()
-    turn = _turn(image)
-    if turn is not None:
-        image = image.transpose(turn)
+    image = upright(image)
     if image.has_transparency_data:
         if image.mode != "RGBA":
             image = image.convert("RGBA")
@@ -156,14 +143,6 @@ def _fitted(image: Image.Image, image_shape: tuple[int, int, int]) -> Image.Imag
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     return image
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What brings it upright. Nothing where its EXIF does not say, or is garbage, which the pixels need not be."""
-    try:
-        return _TURNS.get(image.getexif()[ExifTags.Base.Orientation])
-    except Exception:  # Pillow raises almost anything on malformed EXIF
-        return None
 
 
 def _check_size(size: tuple[int, int], limits: Limits) -> None:

@@ -24,6 +24,14 @@ from matvae_training.objectives import build
 from matvae_training.objectives.composition import Matryoshka, Network, Term, Terms
 from matvae_training.stopping import Stopping
 
+_RESERVED = ("epoch", "step", "images_per_second", "loss", "validation_loss", "prefixes")
+_NEEDS = {
+    "reconstruction": "a reconstruction: no other decodes",
+    "heads": "heads: no other sees labels",
+    "consistency": "consistency: no other compares two views, or neighbours",
+}
+"""Terms that read what only an objective with one of that name makes."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -216,15 +224,6 @@ def nested(
         weights=config.prefix_weights,
         sampled_prefixes=config.prefixes_per_step,
     )
-
-
-_RESERVED = ("epoch", "step", "images_per_second", "loss", "validation_loss", "prefixes")
-_NEEDS = {
-    "reconstruction": "a reconstruction: no other decodes",
-    "heads": "heads: no other sees labels",
-    "consistency": "consistency: no other compares two views, or neighbours",
-}
-"""Terms that read what only an objective with one of that name makes."""
 
 
 @torch.no_grad()

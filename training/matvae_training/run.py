@@ -31,7 +31,6 @@ CIRCUMSTANCES = ("config", "hardware", "versions", "commit", "command")
 class Run:
     """The directory `path`, made if need be. Raises FitError where it holds another run, or one and not `resume`.
 
-
     `legs` are the CIRCUMSTANCES under which it began and, one after the other, went on.
     """
 

@@ -1,4 +1,7 @@
-"""How an image is to be turned: by the server's rule (docs/bundle.md, "Images")."""
+"""How an image is to be turned, by its EXIF: what the server does, and the client to show what the server saw.
+
+Pillow is imported where it is needed: a client that sends files never does.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,9 @@ def orientation(image: Image.Image) -> int:
     """That of its EXIF, 1 to 8; 1, upright, where there is none that can be read, which the pixels need not suffer."""
     try:
         found = image.getexif()[EXIF_TAG]
+        return int(found) if found in _TURNS else _UPRIGHT
     except Exception:  # Pillow raises almost anything on malformed EXIF
         return _UPRIGHT
-    return int(found) if found in _TURNS else _UPRIGHT
 
 
 def upright(image: Image.Image) -> Image.Image:
