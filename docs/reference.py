@@ -100,7 +100,8 @@ def _argument(action: argparse.Action) -> str:
     value = action.metavar or ("\\|".join(map(str, action.choices)) if action.choices else action.dest.upper())
     if not action.option_strings:
         return f"`{value}`{' ...' if action.nargs in ('*', '+') else ''}"
-    flag = action.option_strings[-1]
+    both = isinstance(action, argparse.BooleanOptionalAction)
+    flag = ", ".join(action.option_strings) if both else action.option_strings[-1]
     shown = f"`{flag}`" if action.nargs == 0 else f"`{flag} {value}`"
     return f"{shown}, required" if action.required else shown
 

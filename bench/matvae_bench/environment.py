@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from matvae.processor import processor
+
 _PACKAGES = ("matvae", "numpy", "faiss-cpu", "grpcio", "protobuf", "onnxruntime", "torch", "locust", "usearch")
 
 
@@ -22,7 +24,7 @@ def describe() -> dict[str, Any]:
         "commit": _commit(),
         # Of an absolute path only the last part: the rest is a matter of the machine.
         "command": shlex.join(["matvae-bench", *(Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:])]),
-        "processor": _processor(),
+        "processor": processor(),
         **({"gpus": gpus} if (gpus := _gpus()) else {}),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -36,14 +38,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _gpus() -> list[str]:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from matvae.processor import processor
 from matvae_server import bundle as bundles
 from matvae_server import runtimes, throughput
 from matvae_server.bundle import Bundle, BundleError
@@ -220,7 +221,7 @@ def _circumstances(bundle: Bundle, options: argparse.Namespace) -> dict[str, Any
         "command": f"python -m matvae_server.compare --images {options.images.name}"
         + (" --throughput" if options.throughput else ""),
         "commit": _commit(),
-        "processor": _processor(),
+        "processor": processor(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -231,14 +232,6 @@ def _circumstances(bundle: Bundle, options: argparse.Namespace) -> dict[str, Any
         "threads": options.threads,
         "max_batch": options.max_batch,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _commit() -> str:

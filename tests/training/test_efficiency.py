@@ -132,6 +132,18 @@ def test_what_cannot_be_is_refused(changes, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_processor_that_imitates_bfloat16_is_told_of(data_root, tmp_path, monkeypatch, capsys):
+    words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
+    words += ["--batch-size", "601", "--bfloat16"]  # more than there are images: it ends where training would begin
+    told = "this processor has no bfloat16 and imitates it, many times slower than float32: take --no-bfloat16"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert cli.main(words) == 2
+    assert told in capsys.readouterr().err
+    assert cli.main([*words, "--no-bfloat16"]) == 2  # as behind a script that asks for it
+    assert told not in capsys.readouterr().err
+    assert not device.emulates_bfloat16(torch.device("cuda"))
+
+
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(FitError, match="no GPU that torch can use: take --device cpu"):
         fit(images(), SMALL, dataclasses.replace(CONFIG, device="cuda"), lambda progress: None)

@@ -175,7 +175,10 @@ def _add_training(fit: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="fuse every step by torch.compile; on a GPU into CUDA graphs"
     )
     fit.add_argument(
-        "--bfloat16", action="store_true", help="matrix products in bfloat16: faster on processors that have it"
+        "--bfloat16",
+        action=argparse.BooleanOptionalAction,
+        default=default.bfloat16,
+        help="matrix products in bfloat16: faster on processors that have it, many times slower on others",
     )
     fit.add_argument(
         "--neighbours-of",

@@ -41,6 +41,17 @@ def name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else ""
 
 
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are made of single numbers there, which takes many times as long as float32.
+
+    On a CPU they are fast where oneDNN has vectors for them: AVX-512, AMX, or Arm's own.
+    """
+    if device.type != "cpu":
+        return False
+    usable = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return not (usable and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def compiled(compute: Callable[..., Terms], device: torch.device) -> Callable[..., Terms]:
     """`compute`, fused by `torch.compile`; on a GPU as CUDA graphs, whose kernels are launched as one.
 

@@ -129,6 +129,8 @@ def fit_bundle(
         if len(kept.legs) > 1:
             repeat["legs"] = json.dumps(kept.legs)
 
+    if config.bfloat16 and device.emulates_bfloat16(device.find(config.device)):
+        say("this processor has no bfloat16 and imitates it, many times slower than float32: take --no-bfloat16")
     found = f", the {config.objective.neighbours} nearest of each first" if config.objective.neighbours else ""
     say(f"fit: {len(data.train)} images, {config.epochs} epochs{found}")
     with contextlib.ExitStack() as stack:

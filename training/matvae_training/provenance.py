@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from matvae.processor import processor
+
 PATHS = {"--data-root": "DATA_ROOT", "--out": "OUT", "--log": "LOG", "--run": "RUN"}
 """What stands for the paths of a machine."""
 
@@ -53,17 +55,8 @@ def commit() -> str:
 
 
 def hardware(threads: int, gpu: str = "") -> str:
-    """The processor's model and how many threads worked on it; before it the GPU, if there was one at work."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return f"{gpu + '; ' if gpu else ''}{model}, {threads} thread{'s' if threads > 1 else ''}"
+    """The processor and how many threads worked on it; before it the GPU, if there was one at work."""
+    return f"{gpu + '; ' if gpu else ''}{processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def circumstances(threads: int, command: str, gpu: str = "") -> dict[str, str]:

@@ -46,6 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 _WARM_UP = 3
 _SIDES = {"cpu": 2048, "cuda": 8192}
 """Of the matrices whose product tells what the machine can do."""
+_SIDE_EMULATED = 256
+"""Where bfloat16 is imitated: a larger product takes minutes."""
 
 
 class _EnoughError(Exception):
@@ -166,7 +168,8 @@ def flops_per_image(data: Split, network: NetworkConfig, config: FitConfig) -> f
 
 def matmul_rate(kind: torch.dtype, where: torch.device, seconds: float) -> float:
     """FLOP/s of the best of many products of two square matrices of that type."""
-    side = _SIDES[where.type]
+    emulated = kind == torch.bfloat16 and device.emulates_bfloat16(where)
+    side = _SIDE_EMULATED if emulated else _SIDES[where.type]
     left, right = (torch.randn(side, side, device=where).to(kind) for _ in range(2))
     best, ends = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < ends or best == float("inf"):
