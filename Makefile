@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SUITES := "tests/proto tests/client" "tests/server tests/training" "tests/bench tests/e2e"
 
 # The oldest generator whose stubs we support: the lower bounds of grpcio and protobuf in pyproject.toml are its own.
 STUB_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0
@@ -16,7 +15,7 @@ demo: $(VENV)/.demo  ## the main job, end to end, in under a minute once install
 	$(BIN)/matvae-bench demo
 
 test: $(VENV)/.test $(STUBS)/.made  ## every suite; torch and faiss never share a process
-	@status=0; for suite in $(SUITES); do $(BIN)/python -m pytest $$suite || status=1; done; exit $$status
+	@$(BIN)/python tests/suites.py
 
 test-ray: $(RAY)/.made  ## matvae-serve-ray on a cluster of this machine; Ray has an environment of its own
 	$(RAY)/bin/python -m pytest tests/ray

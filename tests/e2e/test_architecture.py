@@ -1,6 +1,7 @@
 """The folder is the role: imports point one way, and only the rooms that need torch can reach it."""
 
 import ast
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +60,9 @@ def test_modules_can_be_read_in_a_sitting(repository: Path, package: str) -> Non
 def test_no_example_fails_for_being_slow() -> None:
     assert hypothesis.settings().deadline is None
     assert hypothesis.settings().derandomize
+
+
+def test_make_test_runs_every_suite(repository: Path) -> None:
+    suites = runpy.run_path(str(repository / "tests" / "suites.py"))["SUITES"]
+    there = {file.parent.name for file in (repository / "tests").glob("*/test_*.py")}
+    assert sorted(name for suite in suites for name in suite) == sorted(there - {"ray"}), "Ray's environment is its own"

@@ -22,6 +22,8 @@ from matvae_training.config import DataError
 from matvae_training.export import TOLERANCE, session
 from matvae_training.probes import classify
 
+SMALL = ("--epochs", "1", "--batch-size", "64", "--conv-channels", "8", "--decoder-hidden", "8")
+
 
 @pytest.fixture(scope="session")
 def fitted(data_root, tmp_path_factory):
@@ -107,7 +109,7 @@ def test_a_gpu_trains_encodes_and_orders(data_root, tmp_path, compiled):
 def test_neighbours_by_the_codes_of_another_bundle(fitted, data_root, tmp_path):
     first, out = fitted[0] / "bundle", tmp_path / "bundle"
     arguments = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(out)]
-    arguments += ["--epochs", "1", "--batch-size", "64", "--objective", "mmd-vae-neighbours"]
+    arguments += [*SMALL, "--prefixes", "2,4", "--objective", "mmd-vae-neighbours"]
     assert cli.main([*arguments, "--neighbours-of", str(first)]) == 0
     known = bundle.load(out).card
     objective = json.loads(known.provenance["config"])["objective"]
@@ -150,7 +152,7 @@ def test_neighbours_of_a_model_that_saw_the_same_views(fitted, data_root, tmp_pa
     (first / bundle.CARD).write_bytes(changed_card.dumps())
     words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "out")]
     words += ["--objective", "mmd-vae-neighbours", "--augmentation", "garments", "--neighbours-of", str(first)]
-    assert cli.main([*words, "--epochs", "1", "--batch-size", "64", "--prefixes", "2,4"]) == 0
+    assert cli.main([*words, *SMALL, "--prefixes", "2,4"]) == 0
 
 
 def test_a_first_bundle_is_not_replaced_by_the_second(fitted, data_root, capsys):
@@ -291,7 +293,7 @@ def test_what_cannot_be_trained_ends_with_one_line(data_root, tmp_path, capsys, 
 
 def test_an_objective_and_its_options_stand_on_the_card(data_root, tmp_path):
     options = ["--objective", "beta-vae", "--divergence-weight", "2", "--reconstruction", "bernoulli"]
-    options += ["--epochs", "1", "--batch-size", "64", "--prefixes", "8"]
+    options += [*SMALL, "--prefixes", "8"]
     assert fit(data_root, tmp_path / "out", *options) == 0
     card_ = bundle.load(tmp_path / "out").card
     assert card_.network.prefixes == (8,)
@@ -386,7 +388,7 @@ def test_every_option_beside_a_bundle_has_a_value(name):
 
 def test_excluded_classes_are_in_nothing(data_root, tmp_path):
     arguments = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
-    arguments += ["--epochs", "1", "--batch-size", "64", "--exclude-classes", "Dress,Sneaker"]
+    arguments += [*SMALL, "--prefixes", "2,4", "--exclude-classes", "Dress,Sneaker"]
     assert cli.main(arguments) == 0
     known = bundle.load(tmp_path / "bundle").card
     assert len(known.classes) == 8
