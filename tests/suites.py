@@ -1,9 +1,10 @@
-"""`make test`: every suite in a process of its own, for torch and faiss never share one, and as many at a
-time as there are cores.
+"""`make test`: every suite in a process of its own, for torch and faiss never share one, and as many at a time as there
+are cores.
 
     python tests/suites.py [OPTION...]
 
-Options are those of pytest. What a suite prints comes out whole when it ends; the exit status says whether all passed.
+Options are those of pytest. Lines of suites that run at the same time come as they are printed, one among the other's.
+The exit status says whether all passed.
 """
 
 from __future__ import annotations
@@ -11,29 +12,29 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 
 SUITES = (("training",), ("bench", "e2e"), ("server",), ("proto", "client"))  # those that take longest first
 
 
-def run(suite: tuple[str, ...]) -> tuple[int, str]:
-    """Exit status and output of pytest."""
+def run(suite: tuple[str, ...]) -> bool:
+    """Whether all of its tests passed."""
     command = [sys.executable, "-m", "pytest", *(f"tests/{name}" for name in suite), *sys.argv[1:]]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    return done.returncode, done.stdout
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+    passed = process.returncode == 0
+    print(f"{' and '.join(suite)}: {'passed' if passed else 'failed'}", flush=True)
+    return passed
 
 
 def main() -> int:
     """Returns the exit status."""
     at_once = min(len(SUITES), os.cpu_count() or 1)
     print(f"{len(SUITES)} suites of tests, {at_once} at a time", flush=True)
-    status = 0
     with ThreadPoolExecutor(at_once) as pool:
-        for each in as_completed([pool.submit(run, suite) for suite in SUITES]):
-            code, output = each.result()
-            print(output, flush=True)
-            status = status or code
-    return status
+        return 0 if all([*pool.map(run, SUITES)]) else 1
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ Codes: TypeAlias = npt.NDArray[np.float32]
 _Outcome: TypeAlias = "tuple[Codes, bool] | Exception"
 
 
+class EncoderLostError(RuntimeError):
+    """No batch will succeed any more in this process: a GPU that is gone takes all that it computed for it along."""
+
+
 class Encoded(NamedTuple):
     """The codes of one request's images; how long they waited for their batch, and how long that took, in seconds.
 
@@ -107,8 +111,9 @@ class _Patience:
 class Batcher:
     """Coalesces concurrent requests into batches for `encode`, uint8 (n, ...) -> float32 (n, dimensions).
 
-    Made on the event loop that awaits it. `encode` runs on one thread, so it need not be thread-safe. `on_batch`, which
-    may be replaced, is told on the loop of every batch that was encoded: images, seconds.
+    Made on the event loop that awaits it. `encode` runs on one thread, so it need not be thread-safe. `on_batch` and
+    `on_lost`, which may be replaced, are told on the loop: of every batch that was encoded, its images and seconds; and
+    of an encoder that is lost.
 
     An encoder that can start on a batch without waiting for it offers `submit`, which returns what waits: then one
     batch is started before the one in front is waited for. The seconds of a batch count from where that one ended.
@@ -122,6 +127,7 @@ class Batcher:
         submit: Callable[[Pixels], Callable[[], Codes]] | None = None,
     ) -> None:
         self.on_batch: Callable[[int, float], None] = lambda *_: None
+        self.on_lost: Callable[[EncoderLostError], None] = lambda _: None
         self._submit = submit or _at_once(encode)
         self._ahead = int(submit is not None)
         self._max_batch = max_batch
@@ -205,7 +211,8 @@ class Batcher:
         return batch
 
     def _run(self) -> None:
-        _yield_to_others()
+        if not self._ahead:  # one that starts batches ahead does so for a GPU, which would idle while it waits
+            _yield_to_others()
         under_way: collections.deque[_Started] = collections.deque()
         ended = 0.0
         while True:
@@ -254,6 +261,8 @@ class Batcher:
             for work in batch:
                 if not work.result.done():
                     work.result.set_exception(outcome)
+            if isinstance(outcome, EncoderLostError):
+                self.on_lost(outcome)
             return
         codes, finite = outcome
         start = 0

@@ -29,7 +29,8 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop; the exit status.
 
-    0 after a clean stop, 1 if it could not start, 128 and the signal's number where one came before it was ready.
+    0 after a clean stop, 1 if it could not start or lost its GPU, 128 and the signal's number where one came before it
+    was ready.
     """
     if arguments is None:  # the process is the command's, and so are its signals
         signals.end_at_signals()
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"matvae-serve: {error.name} is not installed: pip install 'matvae[server]'", file=sys.stderr)
         return 1
     from matvae_server import check, logs, measure, ports
+    from matvae_server.batcher import EncoderLostError
     from matvae_server.bundle import BundleError
     from matvae_server.config import Security, ServerConfig
     from matvae_server.images import Limits
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             run = serve if config.workers == 1 else serve_with_workers
             ports.run(run(config, ready=_say_ready))
-    except (ports.StartupError, BundleError, RuntimeUnavailableError) as error:
+    except (ports.StartupError, BundleError, RuntimeUnavailableError, EncoderLostError) as error:
         logs.say_fatal(config.log_format, str(error))
         return 1
     except signals.StoppedError as stopped:

@@ -18,7 +18,7 @@ from matvae.v1 import embedding_pb2 as pb
 from matvae_server import bundle as bundles
 from matvae_server import runtimes
 from matvae_server.admission import Admission, BatchTime
-from matvae_server.batcher import Batcher
+from matvae_server.batcher import Batcher, EncoderLostError
 from matvae_server.bundle import Bundle, BundleError
 from matvae_server.config import ServerConfig
 from matvae_server.decoder import Decoder
@@ -70,12 +70,14 @@ class Models:
     """The models of a server; the first bundle's is the default.
 
     Where a reload brings another fingerprint under a name, calls that name no fingerprint go to the new one at once,
-    and those that pin the old one are answered by the old one for `drain_seconds` more.
+    and those that pin the old one are answered by the old one for `drain_seconds` more. `on_lost`, which may be
+    replaced, is told of an encoder that is lost.
     """
 
     def __init__(self, config: ServerConfig, on_batch: OnBatch = lambda *_: None) -> None:
         self._config = config
         self._on_batch = on_batch
+        self.on_lost: Callable[[EncoderLostError], None] = lambda _: None
         self._by_name: dict[str, Model] = {}
         self._retiring: dict[tuple[str, str], Model] = {}  # by name and fingerprint
         self._retirements: set[asyncio.Task[None]] = set()
@@ -124,7 +126,9 @@ class Models:
                 bundle, encoder = await asyncio.to_thread(_read, self._config, name)
                 if bundle.card.name in fresh:
                     raise ModelError(f"two bundles are named {bundle.card.name!r}: a name must tell them apart")
-                fresh[bundle.card.name] = await _warm(self._config, bundle, encoder, self._on_batch)
+                model = await _warm(self._config, bundle, encoder, self._on_batch)
+                model.batcher.on_lost = self._lose
+                fresh[bundle.card.name] = model
         except BaseException:
             await discard(fresh)
             raise
@@ -141,6 +145,9 @@ class Models:
         for task in self._retirements:
             task.cancel()
         await asyncio.gather(*(model.batcher.close() for model in self.live()))
+
+    def _lose(self, error: EncoderLostError) -> None:
+        self.on_lost(error)
 
     def _retire(self, model: Model) -> None:
         key = model.bundle.card.name, model.fingerprint

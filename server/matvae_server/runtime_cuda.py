@@ -8,15 +8,17 @@ come down, and the host gathers and copies. Two graphs never run at once. A batc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from matvae_server.batcher import Codes, Pixels
+from matvae_server.batcher import Codes, EncoderLostError, Pixels
 from matvae_server.bundle import Bundle
 from matvae_server.card import NetworkConfig
 from matvae_server.runtime_torch import TorchEncoder
@@ -31,13 +33,14 @@ _WARM_UP = 3
 class CudaEncoder(TorchEncoder):
     """The torch encoder with static buffers and CUDA graphs, for batches of at most `max_batch` images.
 
-    Raises RuntimeUnavailableError where the device cannot compute in that precision, or has no room.
+    Raises RuntimeUnavailableError where the device cannot be used, does not compute in that precision, or has no room.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int, max_batch: int, compute_precision: str = "fp32") -> None:
-        if compute_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise RuntimeUnavailableError(f"{torch.cuda.get_device_name()} does not compute in bf16: take fp32")
+        self._max_batch = max_batch
         try:
+            if compute_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise RuntimeUnavailableError(f"{torch.cuda.get_device_name()} does not compute in bf16: take fp32")
             super().__init__(bundle, device="cuda", threads=threads, compute_precision=compute_precision)
             sizes, pool = buckets(max_batch), torch.cuda.graph_pool_handle()
             # Each model's own: torch takes back the workspaces of a stream when any graph captured on it goes
@@ -48,15 +51,33 @@ class CudaEncoder(TorchEncoder):
                 [GraphSlot(self._encoder, bundle.card.network, sizes, pool, capture) for _ in range(SLOTS)]
             )
         except torch.OutOfMemoryError:
-            raise RuntimeUnavailableError(f"the GPU has no room for batches of {max_batch}: lower max_batch") from None
+            raise RuntimeUnavailableError(
+                f"the GPU has no room for batches of {max_batch}: lower max_batch, or see what else it holds"
+            ) from None
+        except torch.AcceleratorError as error:  # no context, no pinned memory, no kernels for this GPU
+            raise RuntimeUnavailableError(f"the GPU cannot be used: {_first_line(error)}") from error
 
     def encode(self, images: Pixels) -> Codes:
         """See `runtimes.Encoder`."""
-        return self.submit(images)()
+        starts = range(0, max(1, len(images)), self._max_batch)
+        return np.concatenate([self.submit(images[start : start + self._max_batch])() for start in starts])
 
     def submit(self, images: Pixels) -> Callable[[], Codes]:
-        """See `runtimes.PipelinedEncoder`."""
+        """See `runtimes.PipelinedEncoder`; `max_batch` images at most. Raises EncoderLostError, as what it returns."""
         return self._ring.submit(images)
+
+
+@contextlib.contextmanager
+def _losing() -> Iterator[None]:
+    """CUDA's own errors spoil its context: every call after them fails, too."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise EncoderLostError(f"the GPU computes nothing more for this process: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,11 +119,13 @@ class GraphSlot(Slot):
         # The largest first, so that the smaller find their memory in the pool.
         self._graphs = {size: self._record(size, pool, capture) for size in reversed(sizes)}
 
+    @_losing()
     def wait(self) -> Codes:
         """See `Slot`. Other threads of Python run meanwhile."""
         self._downloaded.synchronize()
         return super().wait()
 
+    @_losing()
     def _run(self, count: int, size: int) -> None:
         on = streams()
         with torch.cuda.stream(on.upload):

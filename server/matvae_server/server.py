@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import signal
@@ -14,6 +15,7 @@ import grpc
 from grpc_health.v1 import health
 
 from matvae_server import logs, security
+from matvae_server.batcher import EncoderLostError
 from matvae_server.calls import GrpcAdapter, Observer
 from matvae_server.config import ServerConfig, cores
 from matvae_server.decoding import DecodePool
@@ -50,7 +52,8 @@ async def serve(
 
     SIGHUP loads the bundles and galleries anew. `serves` is told of each model that was loaded, before it answers: name
     and fingerprint, the default first; what it raises before the server is ready keeps it from starting. Raises
-    StartupError where a port, a bundle, a gallery, the runtime or a file of the security is not to be had.
+    StartupError where a port, a bundle, a gallery, the runtime or a file of the security is not to be had, and, when
+    all that runs has been answered, EncoderLostError where nothing more can be encoded.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     async with contextlib.AsyncExitStack() as stack:
@@ -74,6 +77,7 @@ async def serve(
             raise StartupError(str(error)) from None
         serves(_identities(fresh))
         models.replace(fresh)
+        del fresh  # this frame lives on, and they are to end with the reload that replaces them
         if config.workers > 1:  # only now: the kernel gives connections to each that listens, loaded or not
             address = listen(server, config, config.port, "--port", credentials)
         if metrics:
@@ -82,6 +86,8 @@ async def serve(
         adapter = GrpcAdapter(core, observers, metrics.observe_part if metrics else None)
         add_to_server(adapter, health_servicer, server)
         stopped = stop_signal(again_ends=config.workers == 1)
+        lost: list[EncoderLostError] = []
+        models.on_lost = functools.partial(_lose, lost, stopped)
         await say_serving(health_servicer)
         gc.collect()
         gc.freeze()  # what is here stays: the collector need not look at it under load
@@ -96,6 +102,16 @@ async def serve(
             log.warning("calls still running after %.0f s were cut off", config.drain_seconds)
         await server.stop(FLUSH_SECONDS)
         await models.close()
+        if lost:
+            raise lost[0]
+
+
+def _lose(lost: list[EncoderLostError], stopped: Stop, error: EncoderLostError) -> None:
+    """Stop serving: whoever started this server starts it again, with a device that works."""
+    if not lost:
+        log.error("%s; the server ends", error)
+    lost.append(error)
+    stopped.set()
 
 
 def start_lines(health_address: str | None, metrics_url: str | None, models: list[str]) -> list[str]:

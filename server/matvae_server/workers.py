@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -22,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from grpc_health.v1 import health
 
 from matvae_server import logs, metrics, signals
+from matvae_server.batcher import EncoderLostError
 from matvae_server.config import ServerConfig, bracketed
 from matvae_server.ports import StartupError, run, say_serving, serve_health
 from matvae_server.server import Stop, serve, start_lines, stop_signal
@@ -244,6 +246,8 @@ def _run_worker(config: ServerConfig, link: Connection, served: set[tuple[str, .
         run(serve(config, ready=ready, serves=serves))
     except StartupError as error:
         link.send(str(error))
+    except EncoderLostError:  # which is in the log
+        sys.exit(1)
 
 
 def _parent_is_gone(link: Connection) -> None:

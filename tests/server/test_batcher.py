@@ -402,3 +402,21 @@ def test_the_encoders_thread_yields_to_the_loop_unless_both_have_one_core(
 
     asyncio.run(main())
     assert priorities == [min(os.getpriority(os.PRIO_PROCESS, 0) + lower, 19)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux alone a thread has a priority of its own")
+def test_a_thread_that_feeds_a_gpu_yields_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batcher, "cores", lambda: 2)
+    priorities: list[int] = []
+
+    def submit(images: np.ndarray) -> Callable[[], np.ndarray]:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, 0))
+        return lambda: images[:, 0, 0, :1].astype(np.float32)
+
+    async def main() -> None:
+        encoder = Batcher(lambda _: pytest.fail("encode instead of submit"), max_batch=8, submit=submit)
+        await encoder.encode(labelled(1))
+        await encoder.close()
+
+    asyncio.run(main())
+    assert priorities == [os.getpriority(os.PRIO_PROCESS, 0)]

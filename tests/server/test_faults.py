@@ -319,6 +319,24 @@ def test_an_encoder_that_raises_once_fails_that_batch_alone() -> None:
         assert "the encoder broke on /a/secret/path" in log
 
 
+def test_a_server_whose_gpu_is_lost_ends_and_says_so() -> None:
+    grey = pb.EmbedRequest(raw=pb.RawImages(pixels=b"\x7f" * 784, shape=(1, 28, 28, 1)))
+    script = [sys.executable, str(Path(__file__).with_name("failing_server.py"))]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        address = next(line for line in process.stdout if " ready on " in line).split()[-1]
+        with grpc.insecure_channel(address) as channel:
+            stub = pb_grpc.EmbeddingServiceStub(channel)
+            assert stub.Embed(ONE, timeout=SECONDS).codes.count == 1
+            with pytest.raises(grpc.RpcError) as failed:
+                stub.Embed(grey, timeout=SECONDS)
+            assert failed.value.code() == grpc.StatusCode.INTERNAL, "the call that lost it is answered"
+        log = process.stderr.read()
+        assert process.wait(SECONDS) == 1, "for whoever starts it again"
+        assert "the GPU computes nothing more for this process: unspecified launch failure; the server ends" in log
+
+
 def open_files(server: ServerProcess) -> int:
     return len(os.listdir(f"/proc/{server.process.pid}/fd"))  # noqa: PTH208
 

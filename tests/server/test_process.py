@@ -342,3 +342,11 @@ def test_an_empty_bundle_name_is_not_this_folder() -> None:
     done = serve("--port", "0", "--bundle", "")
     assert done.returncode == 1
     assert "no bundle ''" in done.stderr
+
+
+def test_a_reload_lets_go_of_the_models_before_it() -> None:
+    """A GPU has room for the old and the new one while the old one drains, not for as long as the server runs."""
+    script = [sys.executable, str(Path(__file__).with_name("reloading_server.py"))]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "the first encoder is gone, the second serves"

@@ -17,9 +17,10 @@ from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_server import bundle as bundles
 from matvae_server import compare, runtimes
+from matvae_server.batcher import EncoderLostError
 from matvae_server.card import NetworkConfig
 from matvae_server.network import Encoder
-from matvae_server.runtime_cuda import CudaEncoder
+from matvae_server.runtime_cuda import CudaEncoder, _losing
 from matvae_server.runtime_torch import TorchEncoder, _folded
 from matvae_server.slots import Ring, Slot
 from matvae_server.throughput import Work
@@ -31,6 +32,8 @@ INVARIANCE = 2e-5
 """Published for torch on a CPU, with what another processor's order of summation may add."""
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+NO_BF16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+in_bf16 = pytest.mark.skipif(NO_BF16, reason="the GPU does not compute in bf16")
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +206,7 @@ def bf16_server(start_server) -> Iterator[str]:
         yield server.address
 
 
+@in_bf16
 def test_bf16_is_served_under_the_same_fingerprint(bf16_server: str, fp32: TorchEncoder, bundle, images) -> None:
     with grpc.insecure_channel(bf16_server) as channel:
         stub = pb_grpc.EmbeddingServiceStub(channel)
@@ -224,6 +228,7 @@ def test_onnxruntime_in_bf16_is_refused_at_the_start() -> None:
     assert "Traceback" not in done.stderr
 
 
+@in_bf16
 def test_compare_prints_differences_and_throughput(repository: Path, tmp_path: Path, images, capsys) -> None:
     sample = tmp_path / "few.npz"
     few = dataclasses.replace(images, query_images=images.query_images[:20], query_labels=images.query_labels[:20])
@@ -263,7 +268,7 @@ def test_published_figures_hold(repository: Path, bundle: bundles.Bundle) -> Non
 
 
 @on_cuda
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", FP32), ("bf16", BF16)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", FP32), pytest.param("bf16", BF16, marks=in_bf16)])
 def test_cuda_agrees(bundle: bundles.Bundle, fp32: TorchEncoder, images, precision: str, tolerance: float) -> None:
     """Every size from one to the largest, each behind another, whose rows its own must not see."""
     encoder = CudaEncoder(bundle, threads=1, max_batch=24, compute_precision=precision)
@@ -271,6 +276,7 @@ def test_cuda_agrees(bundle: bundles.Bundle, fp32: TorchEncoder, images, precisi
     for count in range(1, 25):
         encoder.encode(images.query_images[100:124])
         assert np.abs(encoder.encode(images.query_images[:count]) - expected[:count]).max() < tolerance
+    assert np.abs(encoder.encode(images.query_images) - expected).max() < tolerance, "more than a batch"
 
 
 @on_cuda
@@ -282,6 +288,12 @@ def test_cuda_keeps_batches_apart_while_two_are_under_way(bundle: bundles.Bundle
     fetches = [encoder.submit(images.query_images[start:stop]) for start, stop in cuts]
     for (start, stop), fetch in zip(cuts, fetches, strict=True):
         assert np.abs(fetch() - expected[start:stop]).max() < FP32
+
+
+def test_cudas_own_errors_mean_that_the_encoder_is_lost() -> None:
+    message = "^the GPU computes nothing more for this process: CUDA error: unspecified launch failure$"
+    with pytest.raises(EncoderLostError, match=message), _losing():
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
 
 
 @on_cuda
