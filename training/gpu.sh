@@ -5,7 +5,8 @@
 #   DATASETS  which ones                              (mnist fashion-mnist cifar10)
 #   DEVICE    cpu tries the script where there is none (cuda)
 # Writes OUT/<data set>/ (the bundle), OUT/<data set>.run/ (metrics, checkpoint; the same command goes on from it), the same
-# of a first pass as OUT/<data set>-first, and OUT/<data set>.json (scores over three seeds of the probes).
+# of a first pass as OUT/<data set>-first, and OUT/<data set>.json (scores over three seeds of the probes), by which a
+# data set is done: run again, the script leaves it out, and goes on with those that have none.
 set -euo pipefail
 data_root=$1 out=$2
 here=$(cd "$(dirname "$0")" && pwd)
@@ -21,6 +22,11 @@ photos=(--conv-channels 64,128,256,128 --residual-blocks 2 --stem-stride 1 --epo
 
 for dataset in ${DATASETS:-mnist fashion-mnist cifar10}; do
   started=$SECONDS
+  scores=$out/$dataset.json
+  if [ -s "$scores" ]; then
+    echo "$dataset: done, $scores is there"
+    continue
+  fi
   # The images as one file: read in a second from then on, and ready to be taken elsewhere.
   packed=$out/data/$dataset.npz
   [ -e "$packed" ] || matvae-train pack --dataset "$dataset" --data-root "$data_root" --out "$packed"
@@ -28,6 +34,6 @@ for dataset in ${DATASETS:-mnist fashion-mnist cifar10}; do
   [ "$dataset" = cifar10 ] && [ "$device" = cuda ] && larger=("${photos[@]}")
   "$here/bundles/$dataset.sh" "$packed" "$out/$dataset" --run "$out/$dataset.run" --resume \
     "${options[@]}" ${larger[@]+"${larger[@]}"} "${@:3}"
-  matvae-train evaluate "$out/$dataset" --data-root "$packed" --seeds 3 --device "$device" --out "$out/$dataset.json"
+  matvae-train evaluate "$out/$dataset" --data-root "$packed" --seeds 3 --device "$device" --out "$scores"
   echo "$dataset: $((SECONDS - started)) s"
 done
