@@ -131,7 +131,6 @@ def test_what_cannot_be_is_refused(changes, message):
         dataclasses.replace(CONFIG, **changes)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_processor_that_imitates_bfloat16_is_told_of(data_root, tmp_path, monkeypatch, capsys):
     words = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
     words += ["--batch-size", "601", "--bfloat16"]  # more than there are images: it ends where training would begin
@@ -144,6 +143,7 @@ def test_a_processor_that_imitates_bfloat16_is_told_of(data_root, tmp_path, monk
     assert not device.emulates_bfloat16(torch.device("cuda"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(FitError, match="no GPU that torch can use: take --device cpu"):
         fit(images(), SMALL, dataclasses.replace(CONFIG, device="cuda"), lambda progress: None)
