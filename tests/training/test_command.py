@@ -19,7 +19,7 @@ from matvae_server import bundle, card, runtimes
 from matvae_server.network import MatVae
 from matvae_training import arguments, cli, data, pipeline, provenance
 from matvae_training.config import DataError
-from matvae_training.export import TOLERANCE, session
+from matvae_training.export import INVARIANCE_BATCHES, TOLERANCE, batch_invariance, session
 from matvae_training.probes import classify
 
 SMALL = ("--epochs", "1", "--batch-size", "64", "--conv-channels", "8", "--decoder-hidden", "8")
@@ -66,6 +66,24 @@ def test_onnx_equals_torch_at_any_batch_size(fitted, data_root):
         for index in range(len(expected)):
             (decoded,) = decoder.run(None, {"codes": codes.numpy(), "prefix_index": np.array(index)})
             assert np.abs(decoded - expected[index]).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("size", [2, 15, 16, 17, 255, 256])
+def test_a_code_that_depends_on_its_batch_is_found_where_kernels_change_over(monkeypatch, size):
+    encoded = []
+
+    class Encoder:
+        def run(self, names, inputs):
+            return [self(torch.from_numpy(inputs["images"])).numpy()]
+
+        def __call__(self, batch):
+            encoded.append(len(batch))
+            return batch.float() + (0.25 if len(batch) == size else 0.0)
+
+    monkeypatch.setattr("matvae_training.export.session", lambda onnx: Encoder())
+    assert batch_invariance(Encoder(), b"", torch.zeros(256, 2)) == {"onnxruntime": 0.25, "torch-cpu": 0.25}
+    assert max(encoded) == max(INVARIANCE_BATCHES) == 256
+    assert sum(encoded) < 2 * 2000, "it is one figure of many on a card"
 
 
 def test_residual_blocks_and_a_stem_without_stride_are_served_alike_by_both_runtimes(data_root, tmp_path):
