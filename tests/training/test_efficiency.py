@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from matvae_server.card import NetworkConfig
 from matvae_server.network import MatVae
@@ -19,6 +20,7 @@ from matvae_training import fit as training
 from matvae_training.config import OBJECTIVES, FitConfig, FitError
 from matvae_training.data import Split, load
 from matvae_training.fit import fit, nested
+from matvae_training.neighbours import partners_of
 from matvae_training.run import Run
 from matvae_training.stopping import Stopping, validation_loss
 
@@ -59,6 +61,49 @@ def test_terms_of_a_few_prefixes_are_those_of_all(name):
     assert found[1, 3].prefixes == (4, 16)
     for part, value in found[None].parts.items():
         torch.testing.assert_close(found[1, 3].parts[part], value[[1, 3]])
+
+
+class Copies(TorchFunctionMode):
+    """Calls that bring what the CPU has to another device, for each of which a GPU is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type != "cpu":
+            given = [each for each in args if isinstance(each, torch.Tensor)]
+            made = function in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
+            if made or (given and all(each.device.type == "cpu" for each in given)):
+                self.seen.append(function)
+        return result
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_brings_nothing_to_the_device(name, monkeypatch):
+    """On `meta`, which is any device without values: what would have to be counted first is an error there."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no `meta`
+    where = torch.device("meta")
+    objective = nested(dataclasses.replace(CONFIG, objective=OBJECTIVES[name]), SMALL, 4)
+    objective.learned().to(where)
+    model = MatVae(SMALL).to(where)
+    pixels, classes, rows = images().to(where), labels().to(where), torch.arange(32, device=where)
+    for _ in range(2):  # the first brings what all need
+        with Copies() as copies:
+            partners = partners_of(pixels, torch.zeros(32, 5, dtype=torch.int64, device=where), rows)
+            objective(model, pixels, classes, 0.3, (1, 3), partners=partners).loss.backward()
+    assert copies.seen == []
+
+
+def test_what_is_kept_from_an_evaluation_serves_training():
+    def loss():
+        return nested(dataclasses.replace(CONFIG, prefix_weights=(7.0, 5.0, 3.0, 1.0)), SMALL, 0)(model, images()).loss
+
+    model = MatVae(SMALL)
+    with torch.inference_mode():
+        loss()
+    loss().backward()
 
 
 def test_a_decoder_of_a_few_prefixes_computes_no_other():

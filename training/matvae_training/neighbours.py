@@ -57,5 +57,6 @@ def nearest_images(images: Tensor, count: int, points_of: Points = leading_compo
 
 def partners_of(images: Tensor, nearest: Tensor, rows: Tensor) -> Tensor:
     """For each image of those `rows`, one of its nearest, at random: uint8 (rows, height, width, channels)."""
-    chosen = torch.randint(nearest.shape[1], (len(rows), 1)).to(nearest.device)
+    # Drawn where they are: a GPU would have to be waited for at every step.
+    chosen = torch.randint(nearest.shape[1], (len(rows), 1), device=nearest.device)
     return images[nearest[rows].gather(1, chosen).squeeze(1)]

@@ -3,7 +3,7 @@
     gaussian  squared_error  bernoulli      reconstructions
     kl  mmd (kernels)                       divergences from the prior
     mutual  heads  consistency              further terms
-    composition                             their sum, and Matryoshka around it
+    composition (constants)                 their sum, and Matryoshka around it
 
 An experiment needs none of these files: `fit.train` takes terms of one's own. To add one for good: a file with a
 `Term`; in `config`, a field of `ObjectiveConfig` or one more of a tuple of choices (`DIVERGENCES`, ...); a line in

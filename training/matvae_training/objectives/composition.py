@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from matvae_server.card import NetworkConfig
 from matvae_training.config import FitError
+from matvae_training.objectives.constants import constant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,11 @@ class Batch:
     prefixes: tuple[int, ...]
     progress: float | Tensor
     other: Tensor | None = None
+
+    @property
+    def widths(self) -> Tensor:
+        """The prefixes as a tensor beside the codes: int64 (prefixes,)."""
+        return constant(self.prefixes, self.mean.device, torch.int64)
 
     @property
     def pixels(self) -> int:
@@ -246,9 +252,8 @@ class Matryoshka:
             *drawn, whole = (self.weights[index] for index in chosen)
             factor = (len(self.weights) - 1) / len(drawn)
             weights = (*(factor * weight for weight in drawn), whole)
-        return Terms(
-            loss=(weighted.new_tensor(weights) * weighted).sum(), parts=parts, prefixes=_prefixes(network, chosen)
-        )
+        loss = (constant(weights, weighted.device, weighted.dtype) * weighted).sum()
+        return Terms(loss=loss, parts=parts, prefixes=_prefixes(network, chosen))
 
 
 def _prefixes(network: Network, chosen: Sequence[int] | None) -> tuple[int, ...]:

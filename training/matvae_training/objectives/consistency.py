@@ -34,8 +34,7 @@ def alignment(batch: Batch) -> Tensor:
     """By prefix: (prefixes,)."""
     assert batch.other is not None, "consistency needs two views"
     by_dimension = (batch.mean - batch.other).square().mean(0)
-    widths = torch.tensor(batch.prefixes, device=by_dimension.device)
-    return by_dimension.cumsum(0)[widths - 1] / (2 * widths)
+    return by_dimension.cumsum(0)[batch.widths - 1] / (2 * batch.widths)
 
 
 @dataclasses.dataclass(frozen=True)

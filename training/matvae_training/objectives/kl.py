@@ -36,5 +36,4 @@ class Capacity:
 
 def _nats(batch: Batch) -> Tensor:
     by_dimension = 0.5 * (batch.mean.square() + batch.log_variance.exp() - batch.log_variance - 1.0).mean(0)
-    ends = torch.tensor(batch.prefixes, device=by_dimension.device) - 1
-    return by_dimension.cumsum(0)[ends]
+    return by_dimension.cumsum(0)[batch.widths - 1]
