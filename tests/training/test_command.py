@@ -309,6 +309,34 @@ def test_what_cannot_be_trained_ends_with_one_line(data_root, tmp_path, capsys, 
     assert not (tmp_path / "out" / bundle.CARD).exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "called", "advice"),
+    [
+        (
+            "fit",
+            "matvae_training.pipeline.fit",
+            "a smaller --batch-size, or of the images of a folder a smaller --image-",
+        ),
+        (
+            "speed",
+            "matvae_training.speed.train",
+            "a smaller --batch-size, or of the images of a folder a smaller --image-",
+        ),
+        ("evaluate", "matvae_training.crossvalidation.train_folds", "fewer --folds, or --device cpu"),
+    ],
+)
+def test_a_gpu_without_room_is_told_of(fitted, data_root, tmp_path, monkeypatch, capsys, *, command, called, advice):
+    def full(*_args, **_keywords):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(called, full)
+    words = [command, *([str(fitted[0] / "bundle")] if command == "evaluate" else ["--dataset", "fashion-mnist"])]
+    words += ["--seconds", "0.01", "--only", "plain"] if command == "speed" else []
+    assert cli.main([*words, "--data-root", str(data_root), "--out", str(tmp_path / "out")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"matvae-train: error: the GPU has no room for that: take {advice}")
+
+
 def test_an_objective_and_its_options_stand_on_the_card(data_root, tmp_path):
     options = ["--objective", "beta-vae", "--divergence-weight", "2", "--reconstruction", "bernoulli"]
     options += [*SMALL, "--prefixes", "8"]

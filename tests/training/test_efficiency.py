@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch.overrides import TorchFunctionMode
 
 from matvae_server.card import NetworkConfig
@@ -221,7 +222,10 @@ def test_a_compiled_step_is_one_graph_for_all_steps_and_the_same(captured, name)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_step_that_cannot_be_compiled_says_what_to_do(monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "needs"), [("cpu", r"a C\+\+ compiler"), ("cuda", "Triton, a C compiler and the head")]
+)
+def test_a_step_that_cannot_be_compiled_says_what_to_do(monkeypatch, where, needs):
     def broken(graph, inputs):
         raise OSError("no compiler")
 
@@ -229,9 +233,32 @@ def test_a_step_that_cannot_be_compiled_says_what_to_do(monkeypatch):
         torch, "compile", lambda function, *, mode, dynamic, compile=torch.compile: compile(function, backend=broken)
     )
     torch._dynamo.reset()
-    compute = device.compiled(lambda x: x + 1, torch.device("cpu"))
-    with pytest.raises(FitError, match=r"torch\.compile failed .*train without --compile"):
+    compute = device.compiled(lambda x: x + 1, torch.device(where))
+    with pytest.raises(
+        FitError, match=rf"torch\.compile failed .*: on a .PU it needs {needs}.*train without --compile"
+    ):
         compute(torch.ones(2))
+
+
+def test_a_way_back_that_cannot_be_compiled_says_so_too(monkeypatch):
+    """It is compiled at the first step's gradient, when the loss was there already."""
+
+    def broken(graph, inputs):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+    forward_alone = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=broken)
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, *, mode, dynamic, compile=torch.compile: compile(function, backend=forward_alone),
+    )
+    with pytest.raises(FitError, match=r"torch\.compile failed .*no compiler.*train without --compile"):
+        fit(
+            images(),
+            dataclasses.replace(SMALL, prefixes=(16,)),
+            dataclasses.replace(CONFIG, compile=True, prefix_weights=(1.0,)),
+            lambda progress: None,
+        )
 
 
 HELD = Split(images=images(40)[32:], labels=labels(8))

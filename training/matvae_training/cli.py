@@ -34,6 +34,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace, words: Sequence[str]) -> int:
     try:
+        from torch import OutOfMemoryError
+
         from matvae_training import measuring
     except ModuleNotFoundError as error:
         return _fail(EXTRA.format(module=error.name))
@@ -43,6 +45,8 @@ def _measure(options: argparse.Namespace, words: Sequence[str]) -> int:
         measuring.run(options, command)
     except (DataError, FitError, CardError, bundle.BundleError) as error:
         return _fail(str(error))
+    except OutOfMemoryError:
+        return _no_room(options)
     except OSError as error:
         return _fail(f"{error.filename or options.out}: {error.strerror or error}")
     except KeyboardInterrupt:
@@ -107,6 +111,8 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
     if getattr(options, "tensorboard", False) and run is None:
         return _fail("--tensorboard needs --run, the directory to write to")
     try:
+        from torch import OutOfMemoryError
+
         from matvae_training import pipeline
         from matvae_training.export import ExportError
     except ModuleNotFoundError as error:
@@ -160,6 +166,8 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
         )
     except (DataError, FitError, CardError, bundle.BundleError) as error:
         return _fail(str(error))
+    except OutOfMemoryError:
+        return _no_room(options)
     except OSError as error:
         return _fail(f"{error.filename or options.out}: {error.strerror or error}")
     except ExportError as error:
@@ -169,6 +177,13 @@ def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
         _fail(f"interrupted; no bundle was written{'; --resume goes on' if run else ''}")
         return 130
     return 0
+
+
+def _no_room(options: argparse.Namespace) -> int:
+    smaller = "fewer --folds, or --device cpu"
+    if hasattr(options, "batch_size"):
+        smaller = "a smaller --batch-size, or of the images of a folder a smaller --image-shape"
+    return _fail(f"the GPU has no room for that: take {smaller}")
 
 
 def _fail(message: str) -> int:

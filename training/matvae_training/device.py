@@ -6,7 +6,8 @@ so that a batch is an index there, too. Losses are looked at every so many steps
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from matvae_training.objectives.composition import Terms
 
 LOOK_EVERY = 32
 """Steps between two looks at the loss on a GPU; on a CPU every step is looked at, which costs nothing there."""
+
+_NEEDS = {
+    "cpu": "on a CPU it needs a C++ compiler",
+    "cuda": "on a GPU it needs Triton, a C compiler and the headers of Python",
+}
 
 
 def find(name: str) -> torch.device:
@@ -56,7 +62,8 @@ def compiled(compute: Callable[..., Terms], device: torch.device) -> Callable[..
     """`compute`, fused by `torch.compile`; on a GPU as CUDA graphs, whose kernels are launched as one.
 
     The shapes of its arguments must stay as they are. What it returns on a GPU is good until it is called again. It
-    raises FitError at its first call where nothing can be compiled.
+    raises FitError at its first call where nothing can be compiled; the way back is compiled when it is first taken,
+    for which there is `compiling`.
     """
     # What a model before this one left would count against a limit, beyond which nothing is compiled, without a word.
     torch._dynamo.reset()
@@ -65,16 +72,23 @@ def compiled(compute: Callable[..., Terms], device: torch.device) -> Callable[..
     def call(*arguments: Any, **named: Any) -> Terms:
         if device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        try:
+        with compiling(device):
             return inner(*arguments, **named)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            why = str(error).strip().partition("\n")[0]
-            raise FitError(
-                f"torch.compile failed ({type(error).__name__}: {why}): on a CPU it needs a C++ compiler, and a cache "
-                "that no kill has cut short (TORCHINDUCTOR_CACHE_DIR names another); or train without --compile"
-            ) from error
 
     return call
+
+
+@contextlib.contextmanager
+def compiling(device: torch.device) -> Iterator[None]:
+    """In it, what `torch.compile` fails at is a FitError that says what it needs there."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = str(error).strip().partition("\n")[0]
+        raise FitError(
+            f"torch.compile failed ({type(error).__name__}: {why}): {_NEEDS[device.type]}, and a cache that no kill "
+            "has cut short (TORCHINDUCTOR_CACHE_DIR names another); or train without --compile"
+        ) from error
 
 
 def wait(device: torch.device) -> None:

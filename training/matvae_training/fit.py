@@ -77,8 +77,9 @@ def fit(
     """Train on uint8 images (n, height, width, channels), int64 labels (n,); returns the network in eval mode.
 
     It trains on the device of `config`, and is on the CPU when it returns. Labels are read only by an objective with
-    heads. `report` is called after every step. The same seed on the same machine gives the same network. The others
-    are as of `train`. Raises what that does, and FitError where there is no such device.
+    heads. `report` is called after every step. On a CPU the same seed on the same machine gives the same network; on a
+    GPU cuDNN chooses among algorithms by how long each takes just then, and rounding may differ. The others are
+    as of `train`. Raises what that does, and FitError where there is no such device.
     """
     where = device.find(config.device)
     torch.manual_seed(config.seed)
@@ -117,10 +118,10 @@ def train(
     where the configuration has heads, so that the card tells of it; of the terms, that of `own.export`. `plain` takes
     Adam at a constant rate (Kingma & Ba 2015, arXiv 1412.6980).
 
-    With a `checkpoint`, training goes on from what it holds, step by step as if it had never stopped, and saves to it
-    after every epoch. With `stopping`, it ends when that says so, and the model has its best weights then. Raises
-    FitError: fewer images than a batch, a weight or the labels missing, a term that is no longer a number, or what a
-    checkpoint raises.
+    With a `checkpoint`, training goes on from what it holds, step by step as if it had never stopped (on a GPU, but for
+    rounding), and saves to it after every epoch. With `stopping`, it ends when that says so, and the model has its best
+    weights then. Raises FitError: fewer images than a batch, a weight or the labels missing, a term that is no longer a
+    number, a step that cannot be compiled, or what a checkpoint raises.
     """
     network, size = model.config, config.batch_size
     config.check_weights(network.prefixes)
@@ -183,7 +184,8 @@ def train(
             costs = compute(model, images[rows], batch_labels, progress, objective.draw(), partners=partners)
             if where.type == "cpu" or ends or step % device.LOOK_EVERY == 0:
                 _check_finite(costs, step, checkpoint)
-            costs.loss.backward()  # type: ignore[no-untyped-call]
+            with device.compiling(where):
+                costs.loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
             if step == steps or (checkpoint and ends):
