@@ -29,7 +29,8 @@ SMALL = ("--epochs", "1", "--batch-size", "64", "--conv-channels", "8", "--decod
 def fitted(data_root, tmp_path_factory):
     out = tmp_path_factory.mktemp("fit")
     arguments = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), f"--out={out / 'bundle'}"]
-    arguments += ["--epochs", "1", "--batch-size", "64", "--threads", "1", "--log", str(out / "log.jsonl")]
+    arguments += ["--epochs", "1", "--batch-size", "64", "--conv-channels", "8", "--threads", "1"]
+    arguments += ["--log", str(out / "log.jsonl")]
     run = subprocess.run(
         [sys.executable, "-m", "matvae_training.cli", *arguments], capture_output=True, text=True, check=False
     )
@@ -223,7 +224,7 @@ def test_the_card_says_how_to_make_it_again_and_names_no_path(fitted, data_root)
     assert expected | {"command", "date", "batch_invariance"} <= known.keys()
     assert known["command"] == (
         "matvae-train fit --dataset fashion-mnist --data-root DATA_ROOT --out=OUT"
-        " --epochs 1 --batch-size 64 --threads 1 --log LOG"
+        " --epochs 1 --batch-size 64 --conv-channels 8 --threads 1 --log LOG"
     )
     assert known["n_train"] == "600"
     digest = hashlib.sha256()
@@ -469,7 +470,7 @@ def test_principal_components_are_a_bundle_like_any_other(data_root, tmp_path, o
 
 
 def test_a_model_that_stopped_early_is_ordered_and_lends_its_neighbours(data_root, tmp_path):
-    few = ("--epochs", "2", "--batch-size", "64", "--prefixes", "2,4,8", "--conv-channels", "8", "--threads", "1")
+    few = (*SMALL, "--prefixes", "2,4,8", "--threads", "1", "--epochs", "2")
     held = ("--validation", "100")
     assert fit(data_root, tmp_path / "plain", *few, *held, "--patience", "1", "--no-ordered") == 0
     words = ["--dataset", "fashion-mnist", "--data-root", str(data_root), *held]
@@ -490,20 +491,20 @@ def test_a_class_of_the_held_out_images_alone(data_root, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(pipeline, "hold_out", hold_out)
-    few = ("--epochs", "1", "--batch-size", "60", "--prefixes", "2,4", "--conv-channels", "8", "--objective", "mrl")
+    few = (*SMALL, "--batch-size", "60", "--prefixes", "2,4", "--objective", "mrl")
     assert fit(data_root, tmp_path / "out", *few, "--validation", "60", "--patience", "1") == 0
 
 
 def test_a_run_that_could_not_begin_is_no_run(data_root, tmp_path):
-    run = ("--epochs", "1", "--prefixes", "2,4", "--conv-channels", "8", "--run", str(tmp_path / "run"))
+    run = (*SMALL, "--prefixes", "2,4", "--run", str(tmp_path / "run"))
     assert fit(data_root, tmp_path / "out", *run, "--batch-size", "601") == 2
-    assert fit(data_root, tmp_path / "out", *run, "--batch-size", "64", "--log", str(tmp_path / "none" / "log")) == 2
-    assert fit(data_root, tmp_path / "out", *run, "--batch-size", "64") == 0
-    assert fit(data_root, tmp_path / "out", *run, "--batch-size", "64") == 2, "now it is one"
+    assert fit(data_root, tmp_path / "out", *run, "--log", str(tmp_path / "none" / "log")) == 2
+    assert fit(data_root, tmp_path / "out", *run) == 0
+    assert fit(data_root, tmp_path / "out", *run) == 2, "now it is one"
 
 
 def test_a_resumed_run_does_not_say_that_it_took_no_time(data_root, tmp_path):
-    few = ("--epochs", "1", "--batch-size", "64", "--prefixes", "2,4", "--conv-channels", "8")
+    few = (*SMALL, "--prefixes", "2,4")
     for more in ((), ("--resume",)):
         assert fit(data_root, tmp_path / "out", *few, "--run", str(tmp_path / "run"), *more) == 0
     assert re.fullmatch(r"\d+ to fit from step 9 on", bundle.load(tmp_path / "out").card.provenance["seconds"])
@@ -516,7 +517,7 @@ def test_more_principal_components_than_pixels_are_refused(data_root, tmp_path, 
 
 
 def test_a_bundle_is_ordered_without_training_it_anew(data_root, tmp_path, capsys):
-    few = ("--epochs", "1", "--batch-size", "64", "--prefixes", "2,4,8", "--conv-channels", "8", "--threads", "1")
+    few = (*SMALL, "--prefixes", "2,4,8", "--threads", "1")
     assert fit(data_root, tmp_path / "plain", *few, "--no-ordered") == 0
     trained = bundle.load(tmp_path / "plain")
     assert trained.card.provenance["ordered"] == "false"

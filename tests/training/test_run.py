@@ -242,7 +242,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path):
 
 def test_the_command_is_killed_and_resumed_to_a_bundle(data_root, tmp_path):
     options = ["fit", "--dataset", "fashion-mnist", "--data-root", str(data_root), "--out", str(tmp_path / "bundle")]
-    options += ["--epochs", "2", "--batch-size", "300", "--threads", "1", "--run", str(tmp_path / "run")]
+    # More epochs than are trained before the kill arrives.
+    options += ["--epochs", "8", "--batch-size", "300", "--prefixes", "2,4", "--threads", "1"]
+    options += ["--run", str(tmp_path / "run")]
     log = tmp_path / "log.jsonl"
     options += ["--log", str(log)]
     with subprocess.Popen(
@@ -253,14 +255,15 @@ def test_the_command_is_killed_and_resumed_to_a_bundle(data_root, tmp_path):
             if line.startswith("epoch 1, "):
                 process.kill()
                 break
+    assert process.returncode == -signal.SIGKILL
     log.write_text("what was logged before\n")
     assert cli.main(options) == 2, "not without being asked to"
     assert cli.main([*options, "--resume"]) == 0
     logged = log.read_text().splitlines()
     assert logged[0] == "what was logged before"
-    assert json.loads(logged[-1])["epoch"] == 2
+    assert json.loads(logged[-1])["epoch"] == 8
     assert bundle.load(tmp_path / "bundle").card.name == "fashion-mnist"
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 4]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 4, 6, 8, 10, 12, 14, 16]
     known = json.loads((tmp_path / "run" / "run.json").read_text())
     assert {"command", "config", "network", "seed", "commit", "versions", "hardware", "data_sha256"} <= known.keys()
     assert str(tmp_path) not in json.dumps(known)
