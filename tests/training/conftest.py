@@ -1,3 +1,4 @@
+import functools
 import struct
 from pathlib import Path
 
@@ -5,10 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from matvae_training import bundling
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_glance_at_the_rate():
+    """The images/s of a card are timed for two seconds, and no test reads them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundling, "throughput", functools.partial(bundling.throughput, seconds=0.05))
+        yield
 
 
 def write_idx(path: Path, array):

@@ -18,7 +18,7 @@ from PIL import Image
 from matvae_server import bundle, card, runtimes
 from matvae_server.network import MatVae
 from matvae_training import arguments, cli, data, pipeline, provenance
-from matvae_training.config import DataError
+from matvae_training.config import DataError, FitError
 from matvae_training.export import INVARIANCE_BATCHES, TOLERANCE, batch_invariance, session
 from matvae_training.probes import classify
 
@@ -470,7 +470,7 @@ def test_principal_components_are_a_bundle_like_any_other(data_root, tmp_path, o
 
 
 def test_a_model_that_stopped_early_is_ordered_and_lends_its_neighbours(data_root, tmp_path):
-    few = (*SMALL, "--prefixes", "2,4,8", "--threads", "1", "--epochs", "2")
+    few = (*SMALL, "--prefixes", "2,4", "--threads", "1", "--epochs", "2")
     held = ("--validation", "100")
     assert fit(data_root, tmp_path / "plain", *few, *held, "--patience", "1", "--no-ordered") == 0
     words = ["--dataset", "fashion-mnist", "--data-root", str(data_root), *held]
@@ -503,11 +503,20 @@ def test_a_run_that_could_not_begin_is_no_run(data_root, tmp_path):
     assert fit(data_root, tmp_path / "out", *run) == 2, "now it is one"
 
 
-def test_a_resumed_run_does_not_say_that_it_took_no_time(data_root, tmp_path):
-    few = (*SMALL, "--prefixes", "2,4")
+def test_a_resumed_run_does_not_say_that_it_took_no_time(data_root, tmp_path, monkeypatch):
+    told = []
+
+    def write(model, *, provenance, **_):
+        told.append(provenance["seconds"])
+        raise FitError("written")
+
+    monkeypatch.setattr(pipeline, "write_bundle", write)
+    few = (*SMALL, "--prefixes", "2,4", "--no-ordered")
     for more in ((), ("--resume",)):
-        assert fit(data_root, tmp_path / "out", *few, "--run", str(tmp_path / "run"), *more) == 0
-    assert re.fullmatch(r"\d+ to fit from step 9 on", bundle.load(tmp_path / "out").card.provenance["seconds"])
+        assert fit(data_root, tmp_path / "out", *few, "--run", str(tmp_path / "run"), *more) == 2
+    whole, resumed = told
+    assert re.fullmatch(r"\d+ to fit", whole)
+    assert re.fullmatch(r"\d+ to fit from step 9 on", resumed)
 
 
 def test_more_principal_components_than_pixels_are_refused(data_root, tmp_path, capsys):
