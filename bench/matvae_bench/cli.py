@@ -174,11 +174,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure an embedding server and what its clients get.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Any, help_text: str, *needs: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help_text, description=help_text)
+        command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
         command.set_defaults(run=run, needs=needs)
         return command
 

@@ -100,7 +100,8 @@ def _hand_over(options: argparse.Namespace) -> None:
     if options.master:
         command += ["--master", "--expect-workers", str(options.master)]
         command += ["--master-bind-host", options.master_host, "--master-bind-port", str(options.master_port)]
-    sys.stdout.flush()
+    if sys.stdout is not None:  # closed as the program was started
+        sys.stdout.flush()
     os.execv(sys.executable, command)
 
 

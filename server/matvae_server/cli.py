@@ -87,7 +87,7 @@ def _quieten_grpc(arguments: Sequence[str] | None) -> str:
 
     What the log's format is, before anything else of the command line is looked at.
     """
-    early = argparse.ArgumentParser(prog="matvae-serve", add_help=False)
+    early = argparse.ArgumentParser(prog="matvae-serve", add_help=False, allow_abbrev=False)
     early.add_argument("--log-format", default=os.environ.get("MATVAE_LOG_FORMAT"))
     style = early.parse_known_args(arguments)[0].log_format
     if style != "json":
@@ -137,6 +137,7 @@ def _parser(style: str = "text") -> argparse.ArgumentParser:
         description="Serve Matryoshka image embeddings over gRPC.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.style = style
     flags = Flags(parser, vars(ServerConfig()) | vars(Security()) | vars(Limits()))

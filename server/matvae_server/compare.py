@@ -255,6 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m matvae_server.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--images", type=Path, required=True, metavar="FILE", help="an .npy or .npz of images")
     parser.add_argument("--bundle", default=bundles.DEFAULT, metavar="DIR-or-name", help="default: %(default)s")

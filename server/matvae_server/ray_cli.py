@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Serve Matryoshka image embeddings over gRPC, from replicas on a Ray cluster.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     server = ServerConfig(security=Security(insecure=True))
     defaults = vars(RayConfig(server=server)) | vars(server) | vars(Security()) | vars(Limits()) | {"address": ""}

@@ -1,5 +1,6 @@
 """`matvae-bench` as a user runs it: every command in a process of its own against a real server."""
 
+import importlib
 import json
 import os
 import signal
@@ -263,3 +264,29 @@ def test_ctrl_c_in_the_demo_stops_its_server(tmp_path: Path, whole_group: bool) 
     assert (process.returncode, errors) == (130, "matvae-bench: interrupted\n")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, int(port)), timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("matvae_bench.cli", ["run", "--user", "none"]),
+        ("matvae_server.cli", ["--por", "none"]),
+        ("matvae_server.ray_cli", ["--por", "none"]),
+        ("matvae_server.compare", ["--images", "none", "--thread", "none"]),
+    ],
+)
+def test_flags_are_written_out(module: str, arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(module)._parser().parse_args(arguments)
+    assert stopped.value.code == 2
+    assert f"unrecognized arguments: {' '.join(arguments[-2:])}" in capsys.readouterr().err
+
+
+def test_a_run_with_a_page_needs_no_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    became: list[list[str]] = []
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(os, "execv", lambda _, command: became.append(command) or sys.exit(0))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["run", "--web"])
+    assert stopped.value.code == 0
+    assert became[0][1:3] == ["-m", "locust"]
