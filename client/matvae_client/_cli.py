@@ -44,15 +44,16 @@ Each command has its own --help.
 _EMBED_EXAMPLES = (
     """\
 examples:
-  matvae embed photos --out photos.codes                       every image under photos, all dimensions, float32
+  matvae embed photos --out photos.codes                       every PNG, JPEG, WebP under photos, float32
   matvae embed a.png b.jpg --out two.codes --dimensions 32 --precision int8     32 bytes per image
   matvae embed photos --out tiny.codes --dimensions 64 --precision binary       8 bytes per image
 
   matvae embed photos --out photos-32 --dimensions 32          a folder of codes, to which a second run adds new files
 
 The ids of the codes are the paths of the files. A file that cannot be used, or a folder that cannot be read, is left
-out and reported at the end; the exit status is 1 then. An --out with a suffix is a file, written at the end; one
-without is a folder, in which what is done stays done.
+out and reported at the end, with --json under "errors", too; the exit status is 1 then. Images of other kinds in a
+folder are left out and counted. An --out with a suffix is a file, written at the end, unless all failed; one without is
+a folder, in which what is done stays done. The folder of a matvae pull is refused: no pull would work in it any more.
 
 """
     + folder.HELP
@@ -66,20 +67,22 @@ examples:
 
 Queries are embedded at the dimensions and the precision of the codes. Query codes that are longer are cut to the same,
 and float32 ones packed, so whole codes (matvae embed query.png --out query.codes) fit any. Distances are squared
-Euclidean, for binary codes the number of bits that differ.
+Euclidean, for binary codes the number of bits that differ. A query that cannot be used is left out and reported at the
+end, with --json as {"path": ..., "error": ...} at the end of the list, too; the exit status is 1 then.
 """
 _CLASSIFY_EXAMPLES = """\
 examples:
   matvae classify shoe.png                             the logistic head of all dimensions
   matvae classify photos --dimensions 32 --kind mlp    the MLP of the first 32; matvae info --json lists the heads
 
-A file that cannot be used is left out and reported at the end; the exit status is 1 then.
+A file that cannot be used is left out and reported at the end, with --json as {"path": ..., "error": ...} at the end of
+the list, too; the exit status is 1 then.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    output.accept_any_text()
+    output.prepare_streams()
     try:
         options = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = options.run
@@ -113,8 +116,10 @@ def _embed(options: argparse.Namespace) -> int:
     kind = {"dimensions": options.dimensions, "precision": options.precision}
     if options.out.is_dir() or not options.out.suffix:
         directory = files.open_directory(options.out, "--out")
+        if "gallery" in directory.source:
+            return output.refuse_copy(directory)
         with connect(options) as client, folder.turn(directory, client, output.complain):
-            listing = files.list_files(options.paths)
+            listing = files.list_files(options.paths, output.complain)
             done = folder.update(directory, client, options.paths, listing, **kind, prune=options.prune)
             output.print_directory(directory, done, as_json=options.json)
         return output.report(done.failed)
@@ -122,11 +127,11 @@ def _embed(options: argparse.Namespace) -> int:
         raise InvalidRequestError.of("--prune", "a codes file is written anew each time: it is for folders of codes")
     files.check_file(options.out, "--out", files.CODES, options.paths)
     with connect(options) as client:
-        codes, failed = files.embed_files(client, options.paths, **kind)
+        codes, failed = files.embed_files(client, options.paths, output.complain, **kind)
     if len(codes):
         codes.save(options.out)
-        output.print_codes(codes, options.out, failed, as_json=options.json)
-    return output.report(failed)
+    output.print_codes(codes, options.out, failed, as_json=options.json)
+    return output.report(failed, unwritten=None if len(codes) else options.out)
 
 
 def _search(options: argparse.Namespace) -> int:
@@ -142,6 +147,7 @@ def _search(options: argparse.Namespace) -> int:
             queries, failed = files.embed_files(
                 client,
                 options.queries,
+                output.complain,
                 dimensions=stored.dimensions,
                 offset=stored.offset,
                 precision=stored.precision,
@@ -160,7 +166,7 @@ def _search(options: argparse.Namespace) -> int:
                 f"{options.html}: {page.missing} of {page.names} pictures were not found, looked for relative to "
                 f"{(options.images_root or Path()).absolute()}: --images-root DIR looks elsewhere"
             )
-    output.print_neighbours(names, found, as_json=options.json)
+    output.print_neighbours(names, found, failed, as_json=options.json)
     return output.report(failed)
 
 
@@ -168,8 +174,9 @@ def _classify(options: argparse.Namespace) -> int:
     with connect(options) as client:
         dimensions = options.dimensions or client.model().dimensions
         classifier = client.classifier(dimensions, options.kind)
-        codes, failed = files.embed_files(client, options.paths, dimensions=dimensions)
-    output.print_labels(codes.ids or (), classifier.classes, classifier.predict_proba(codes), as_json=options.json)
+        codes, failed = files.embed_files(client, options.paths, output.complain, dimensions=dimensions)
+    probabilities = classifier.predict_proba(codes)
+    output.print_labels(codes.ids or (), classifier.classes, probabilities, failed, as_json=options.json)
     return output.report(failed)
 
 
@@ -179,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Embed images at the size that you can afford; search and classify on your own machine.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # or --k were --key
     )
     parser.add_argument("--version", action="version", version=f"matvae {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -196,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
             description=help_text[0].upper() + help_text[1:] + ".",
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         sub.set_defaults(run=run)
         add_server_arguments(sub)
@@ -207,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_arguments(command("plan", plan.run, plan.HELP, plan.EXAMPLES))
 
     embed = command("embed", _embed, "compute the codes of images and save them", _EMBED_EXAMPLES)
-    embed.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="an image, or a folder of images")
+    embed.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=files.IMAGES)
     embed.add_argument("--out", required=True, type=Path, metavar="FILE-or-DIR", help="the codes to write")
     embed.add_argument("--prune", action="store_true", help="remove the codes of pictures that are gone; for a folder")
     _add_dimensions(embed)
@@ -216,11 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     search = command("search", _search, "find the nearest codes of query images", _SEARCH_EXAMPLES)
     search.add_argument("codes", type=Path, metavar="CODES", help="what `matvae embed` or `matvae pull` wrote")
     asked = search.add_mutually_exclusive_group(required=True)
-    asked.add_argument(
-        "queries", nargs="*", default=[], type=Path, metavar="QUERY", help="an image, or a folder of images"
-    )
+    asked.add_argument("queries", nargs="*", default=[], type=Path, metavar="QUERY", help=files.IMAGES)
     asked.add_argument("--query-codes", type=Path, metavar="CODES", help="codes to search for, instead of images")
-    search.add_argument("-k", type=positive, default=10, metavar="K", help="neighbours per query; default 10")
+    search.add_argument("-k", "--k", type=positive, default=10, metavar="K", help="neighbours per query; default 10")
     search.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows what was found, too")
     search.add_argument(
         "--images-root",
@@ -229,7 +236,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what relative names on that page are relative to; default: here",
     )
 
-    galleries = commands.add_parser("gallery", help="make and list galleries: codes that a server keeps to be pulled")
+    galleries = commands.add_parser(
+        "gallery", help="make and list galleries: codes that a server keeps to be pulled", allow_abbrev=False
+    )
     of_galleries = galleries.add_subparsers(required=True, metavar="COMMAND")
     gallery.add_build_arguments(
         command(
@@ -242,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     classify = command("classify", _classify, "name the class of images", _CLASSIFY_EXAMPLES)
-    classify.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="an image, or a folder of images")
+    classify.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=files.IMAGES)
     _add_dimensions(classify)
     classify.add_argument("--kind", default="logistic", choices=HEAD_KINDS, help="default logistic")
 

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     if options.out is not None and options.out.suffix.lower() != ".png":
         raise InvalidRequestError.of("out", f"{options.out} is no name of a PNG file: the sheet is one")
     stored = [path for path in options.paths if path.suffix == ".codes" or (path / store.MANIFEST).is_file()]
-    listing = files.list_files(path for path in options.paths if path not in stored)
+    listing = files.list_files((path for path in options.paths if path not in stored), output.complain)
     paths = [Path(name) for name in listing.files]
     if options.out is not None:
         files.check_file(options.out, "--out", files.SHEET, [*stored, *paths])
@@ -73,7 +73,11 @@ def run(options: argparse.Namespace) -> int:
             )
         if paths:
             codes, unusable = files.embed_files(
-                client, paths[: options.count], dimensions=options.dimensions, precision=options.precision
+                client,
+                paths[: options.count],
+                output.complain,
+                dimensions=options.dimensions,
+                precision=options.precision,
             )
             failed += unusable
             names = codes.ids or ()
@@ -88,15 +92,15 @@ def run(options: argparse.Namespace) -> int:
         for part in parts:
             for prefix in _prefixes(part.codes, card, options.dimensions):
                 part.decoded[prefix] = client.decode(part.codes.truncate(prefix))
-    if parts:
+    if parts or options.json:
         _report(options, card, parts, there, failed)
-    return output.report(failed)
+    return output.report(failed, unwritten=None if parts else options.out)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `matvae decode`."""
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="an image, a folder of images, or codes (of `matvae embed`)"
+        "paths", nargs="+", type=Path, metavar="PATH", help=f"{files.IMAGES}, or codes (of `matvae embed`)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the contact sheet to write")
     parser.add_argument("--count", type=positive, default=8, metavar="N", help="at most so many images; default 8")
@@ -125,12 +129,12 @@ def _report(
     prefixes = sorted({prefix for part in parts for prefix in part.decoded})
     measured, nothing, n = _squared_errors(parts)
     pixels = None
-    if options.out is not None:
+    if parts and options.out is not None:
         pixels = sheet.save(options.out, _columns(parts, prefixes), card.input.shape)
     if options.json:
         output.print_json(
             {
-                "out": None if options.out is None else str(options.out),
+                "out": None if pixels is None else str(options.out),
                 "size": pixels,
                 "count": len(names),
                 "of": there,

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeAlias
@@ -18,6 +19,12 @@ from matvae_client._errors import FormatError, InvalidRequestError
 from matvae_client._store import CodesDirectory, is_new
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGES = "an image (PNG, JPEG, WebP), or a folder of them"
+_OTHER_SUFFIXES = """
+    .avif .bmp .cr2 .dng .gif .heic .heif .ico .jfif .jp2 .jxl .nef .pgm .pnm .ppm .psd .svg .tga .tif .tiff
+"""
+_OTHER_KINDS = frozenset(_OTHER_SUFFIXES.split())
+"""Of pictures that are not taken from a folder, which is told; a file of any further kind is no picture."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,22 +35,27 @@ class Listing:
     failed: list[tuple[str, str]]
 
 
-def list_files(paths: Iterable[Path]) -> Listing:
+def list_files(paths: Iterable[Path], tell: Callable[[str], object]) -> Listing:
     """The files among `paths`, and the images under the folders, sorted; links to folders are not followed.
 
-    Raises InvalidRequestError for a folder of none.
+    `tell` says which images of other kinds are left out. Raises InvalidRequestError for a folder of none.
     """
     listing = Listing(files=[], failed=[])
+    others: Counter[str] = Counter()
     for path in paths:
         if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where it may not look
             listing.files.append(str(path))
             continue
-        found, failed = _walk(path)
+        found, failed, left_out = _walk(path)
+        others += left_out
         if not found:
+            passed = f"; {_others(left_out)}" if left_out else ""
             unread = "".join(f"; {name}: {why}" for name, why in failed[:1])
-            raise InvalidRequestError(f"no images under {path}: looked for {', '.join(SUFFIXES)}{unread}")
+            raise InvalidRequestError(f"no images under {path}: looked for {', '.join(SUFFIXES)}{passed}{unread}")
         listing.files.extend(map(str, found))
         listing.failed.extend(failed)
+    if others:
+        tell(_others(others))
     return listing
 
 
@@ -111,13 +123,17 @@ def _check_folder(folder: Path) -> None:
 def embed_files(
     client: EmbeddingClient,
     paths: Iterable[Path],
+    tell: Callable[[str], object],
     *,
     dimensions: int | None,
     precision: str = "float32",
     offset: int = 0,
 ) -> tuple[Codes, list[tuple[str, str]]]:
-    """The codes of the usable files under `paths`, their ids the paths; and (path, why) of the others."""
-    listing = list_files(paths)
+    """The codes of the usable files under `paths`, their ids the paths; and (path, why) of the others.
+
+    `tell` as in `list_files`.
+    """
+    listing = list_files(paths, tell)
     files = list(dict.fromkeys(listing.files))  # an id names one code, also where a path was given twice
     codes = client.embed(files, dimensions=dimensions, precision=precision, offset=offset, on_error="skip")
     codes, failed = name(codes, files)
@@ -148,17 +164,26 @@ def name(codes: Codes, files: list[str]) -> tuple[Codes, list[tuple[str, str]]]:
     return dataclasses.replace(codes, ids=ids), [(files[index], message) for index, message in failed.items()]
 
 
-def _walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Every image under a folder, sorted, and what could not be looked at."""
+def _others(kinds: Counter[str]) -> str:
+    count = kinds.total()
+    what = "file of another kind was" if count == 1 else "files of other kinds were"
+    return f"{count} {what} left out: {', '.join(sorted(kinds))}"
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]], Counter[str]]:
+    """Every image under a folder, sorted; what could not be looked at; and images of other kinds, by suffix."""
     found: list[Path] = []
     failed: list[tuple[str, str]] = []
+    others: Counter[str] = Counter()
 
     def unread(error: OSError) -> None:
         failed.append((str(error.filename), f"cannot read the folder: {error.strerror}"))
 
     for parent, _, names in os.walk(folder, onerror=unread):
         for file in (Path(parent, name) for name in names):
-            if file.suffix.lower() not in SUFFIXES:
+            suffix = file.suffix.lower()
+            if suffix not in SUFFIXES:
+                others.update({suffix} & _OTHER_KINDS)
                 continue
             try:
                 if stat.S_ISREG(file.stat().st_mode):
@@ -166,4 +191,4 @@ def _walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
             except OSError as error:
                 lost = file.is_symlink()
                 failed.append((str(file), "a link to what is not there" if lost else f"cannot read: {error.strerror}"))
-    return sorted(found), sorted(failed)
+    return sorted(found), sorted(failed), others

@@ -24,7 +24,7 @@ from matvae_client._store import CodesDirectory
 BUILD_EXAMPLES = (
     """\
 examples:
-  matvae gallery build galleries/photos photos         whole codes of every image under photos
+  matvae gallery build galleries/photos photos         whole codes of every PNG, JPEG, WebP under photos
   matvae gallery build galleries/photos more.codes     and those of a codes file of all dimensions, float32
   matvae-serve --gallery photos=galleries/photos       keeps it for clients to pull
 
@@ -33,7 +33,8 @@ A server that keeps the gallery needs no restart.
 """
     + folder.HELP
     + """
-A file that cannot be used is left out and reported at the end; the exit status is 1 then.
+A file that cannot be used is left out and reported at the end, with --json under "errors", too; the exit status is 1
+then. Images of other kinds in a folder are left out and counted.
 """
 )
 PULL_EXAMPLES = """\
@@ -53,6 +54,8 @@ _BLOCK_ROWS = 2**16
 def build(options: argparse.Namespace) -> int:
     """`matvae gallery build`."""
     directory = files.open_directory(options.folder, "DIR")
+    if "gallery" in directory.source:
+        return output.refuse_copy(directory)
     done = folder.Done()
     with connect(options) as client, folder.turn(directory, client, output.complain):
         _require_utf8(directory.ids(), f"make the gallery in another folder than {options.folder}")
@@ -60,7 +63,7 @@ def build(options: argparse.Namespace) -> int:
             if path.suffix == ".codes" or (path / store.MANIFEST).is_file():
                 done.added += _add_codes(directory, Codes.load(path), client.model(), path)
             else:
-                listing = files.list_files([path])
+                listing = files.list_files([path], output.complain)
                 _require_utf8(listing.files, "rename the file")
                 done += folder.update(
                     directory, client, [path], listing, dimensions=None, precision="float32", prune=options.prune
@@ -163,7 +166,7 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `matvae gallery build`."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="the codes directory to make, or to add to")
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="an image, a folder of images, or codes (FILE.codes, DIR)"
+        "paths", nargs="+", type=Path, metavar="PATH", help=f"{files.IMAGES}, or codes (FILE.codes, DIR)"
     )
     parser.add_argument("--prune", action="store_true", help="remove the codes of pictures that are gone")
 

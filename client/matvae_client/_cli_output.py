@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,16 +23,29 @@ from matvae_client._store import CodesDirectory
 Failed: TypeAlias = Sequence[tuple[str, str]]
 """(path, why) of each file that could not be used."""
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
-def accept_any_text() -> None:
-    """Let stdout take names that it cannot encode: shown with escapes, as stderr does by itself."""
+
+def prepare_streams() -> None:
+    """Let stdout take names that it cannot encode: shown with escapes, as stderr does by itself.
+
+    Where the program was started with one of the two closed, what is written to it goes nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def complain(message: str) -> None:
     """One line on stderr."""
-    print(f"matvae: {' '.join(message.split())}", file=sys.stderr)
+    print(f"matvae: {_visible(' '.join(message.split()))}", file=sys.stderr)
+
+
+def _visible(text: str) -> str:
+    """A text on one line, which does nothing to a terminal: line breaks and other control characters as escapes."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def print_json(value: object) -> None:
@@ -61,10 +76,10 @@ def print_card(card: ModelCard) -> None:
 
 
 def print_codes(codes: Codes, out: Path, failed: Failed, *, as_json: bool) -> None:
-    """What `embed` wrote."""
+    """What `embed` wrote; without codes that is nothing, and `out` is null."""
     if as_json:
-        print_json(_summary(codes, out, len(codes)) | {"errors": _errors(failed)})
-    else:
+        print_json(_summary(codes, out if len(codes) else None, len(codes)) | {"errors": _errors(failed)})
+    elif len(codes):
         print(_line(codes, out, len(codes)))
 
 
@@ -100,9 +115,9 @@ def _line(like: Codes, out: Path, count: int) -> str:
     return f"{out}: {count} codes of {like.bytes_per_vector} bytes ({like.width}-d {like.precision})"
 
 
-def _summary(like: Codes, out: Path, count: int) -> dict[str, object]:
+def _summary(like: Codes, out: Path | None, count: int) -> dict[str, object]:
     return {
-        "out": str(out),
+        "out": None if out is None else str(out),
         "count": count,
         "dimensions": like.dimensions,
         "precision": like.precision,
@@ -119,43 +134,61 @@ def _errors(failed: Failed) -> list[dict[str, str]]:
     return [{"path": path, "message": message} for path, message in failed]
 
 
-def report(failed: Failed) -> int:
-    """Complain of each file that could not be used; the exit status."""
+def _entries(failed: Failed) -> list[dict[str, str]]:
+    """Failures as entries of a list of results."""
+    return [{"path": path, "error": message} for path, message in failed]
+
+
+def report(failed: Failed, *, unwritten: Path | None = None) -> int:
+    """Complain of each file that could not be used, and that there was nothing for `unwritten`; the exit status."""
     for path, message in failed:
         complain(f"{path}: {message}")
+    if unwritten is not None:
+        complain("nothing was written" + (f": {unwritten} is as it was" if unwritten.exists() else ""))
     return 1 if failed else 0
 
 
-def print_neighbours(queries: Sequence[str], neighbours: Neighbours, *, as_json: bool) -> None:
-    """The neighbours of each query, nearest first."""
+def refuse_copy(directory: CodesDirectory) -> int:
+    """Complain that a gallery's copy is none any more once something else writes into it; the exit status."""
+    complain(f"{directory.path} is a copy of gallery {directory.source['gallery']!r}: embed into another folder")
+    return 2
+
+
+def print_neighbours(queries: Sequence[str], neighbours: Neighbours, failed: Failed, *, as_json: bool) -> None:
+    """The neighbours of each query, nearest first; for programs also the queries that `failed`."""
     answers = zip(queries, neighbours.ids.tolist(), neighbours.distances.tolist(), strict=True)
     found = [(query, list(zip(distances, ids, strict=True))) for query, ids, distances in answers]
     if as_json:
         print_json(
             [
-                {"query": query, "neighbours": [{"id": name, "distance": distance} for distance, name in nearest]}
-                for query, nearest in found
+                *(
+                    {"query": query, "neighbours": [{"id": name, "distance": distance} for distance, name in nearest]}
+                    for query, nearest in found
+                ),
+                *_entries(failed),
             ]
         )
         return
     for query, nearest in found:
-        print(query)
+        print(_visible(query))
         for distance, name in nearest:
-            print(f"  {distance:<10.4g} {name}")
+            print(_visible(f"  {distance:<10.4g} {name}"))
 
 
-def print_labels(paths: Sequence[str], classes: Sequence[str], probabilities: Any, *, as_json: bool) -> None:
-    """The likeliest class of each image, with its probability."""
+def print_labels(
+    paths: Sequence[str], classes: Sequence[str], probabilities: Any, failed: Failed, *, as_json: bool
+) -> None:
+    """The likeliest class of each image, with its probability; for programs also the images that `failed`."""
     best = probabilities.argmax(axis=1)
     rows = [
         {"path": path, "label": classes[number], "probability": round(float(row[number]), 4)}
         for path, number, row in zip(paths, best, probabilities, strict=True)
     ]
     if as_json:
-        print_json(rows)
+        print_json([*rows, *_entries(failed)])
         return
     for row in rows:
-        print(f"{row['label']:<16} {row['probability']:.2f}  {row['path']}")
+        print(_visible(f"{row['label']:<16} {row['probability']:.2f}  {row['path']}"))
 
 
 def _heads(card: ModelCard) -> str:

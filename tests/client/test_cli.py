@@ -74,6 +74,10 @@ def test_wrong_usage_is_status_2(matvae: Run, arguments: tuple[str, ...]) -> Non
     ("arguments", "says"),
     [
         (("search", "x", "y", "-k", "many"), "-k: 'many' is not a whole number"),
+        (("search", "x", "y", "--k", "many"), "-k: 'many' is not a whole number"),
+        (("classify", "x", "--k", "mlp"), "unrecognized arguments: --k mlp"),
+        (("gallery", "build", "x", "y", "--pru"), "unrecognized arguments: --pru"),
+        (("--vers",), "the following arguments are required: COMMAND"),
         (("embed", "a.png", "--out", "x", "--dimensions", "3.5"), "--dimensions: '3.5' is not a whole number"),
         (("classify", "a.png", "--dimensions", "0"), "--dimensions: must be at least 1, not 0"),
         (("pull", "photos", "--out", "x", "--dimensions", "0"), "--dimensions: must be at least 1, not 0"),
@@ -162,7 +166,8 @@ def test_nothing_is_written_where_no_image_is_usable(matvae: Run, tmp_path: Path
     assert (done.returncode, done.stdout) == (1, "")
     assert "missing.png" in done.stderr
     done = matvae("classify", "missing.png", "--json")
-    assert (done.returncode, done.stdout) == (1, "[]\n")
+    error = "cannot read the file: No such file or directory"
+    assert (done.returncode, json.loads(done.stdout)) == (1, [{"path": "missing.png", "error": error}])
     (tmp_path / "empty").mkdir()
     assert "no images under empty" in matvae("embed", "empty", "--out", "out.codes").stderr
     assert "not a folder" in matvae("embed", "missing.png", "--out", "no/such/out.codes").stderr

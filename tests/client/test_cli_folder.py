@@ -171,11 +171,11 @@ def test_folders_that_cannot_be_read_are_reported(few: Path, monkeypatch: pytest
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)  # root, whom tests may be, can read everything
-    listing = _cli_files.list_files([few])
+    listing = _cli_files.list_files([few], print)
     assert listing.files == [str(few / f"{number}.png") for number in range(4)]
     assert listing.failed == [(str(few / "more"), "cannot read the folder: Permission denied")]
     with pytest.raises(InvalidRequestError, match=r"no images under .*more: cannot read the folder: Permission denied"):
-        _cli_files.list_files([few / "more"])
+        _cli_files.list_files([few / "more"], print)
 
 
 def test_a_picture_that_breaks_loses_its_code(faulty: FaultyServer, matvae: Run, few: Path, tmp_path: Path) -> None:

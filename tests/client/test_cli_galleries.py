@@ -221,6 +221,20 @@ def test_a_pull_says_what_the_budget_bought_and_what_changed(
             assert "give --out DIR" in matvae("pull", name, address=keeper.address).stderr
 
 
+def test_nothing_else_is_embedded_into_a_copy(
+    matvae: Run, start_server: Callable[..., ServerProcess], photos: Path, tmp_path: Path
+) -> None:
+    matvae("gallery", "build", "kept", photos)
+    with start_server("--gallery", f"few={tmp_path / 'kept'}") as keeper:
+        done = matvae("pull", "few", "--out", "copy", address=keeper.address)
+        for command in (("embed", photos, "--out", "copy"), ("gallery", "build", "copy", photos)):
+            refused = matvae(*command, address=keeper.address)
+            assert (refused.returncode, refused.stdout) == (2, "")
+            assert refused.stderr == "matvae: copy is a copy of gallery 'few': embed into another folder\n"
+        again = matvae("pull", "few", "--out", "copy", address=keeper.address)
+        assert again.stdout == f"{done.stdout.strip()}: 0 added, 0 changed, 0 removed\n"
+
+
 @pytest.mark.parametrize("kind", [(8, "binary"), (32, "binary"), (32, "int8"), (16, "float16"), (128, "float32")])
 def test_a_whole_query_code_searches_any_codes(
     matvae: Run, photos: Path, tmp_path: Path, kind: tuple[int, str]
