@@ -7,6 +7,7 @@ first come, first served.
 from __future__ import annotations
 
 import enum
+import os
 import threading
 import weakref
 from collections import deque
@@ -25,11 +26,12 @@ class _State(enum.Enum):
 class Place:
     """Room for the images of one call. `release` it when the call has ended, however that was; twice does no harm."""
 
-    __slots__ = ("_among", "_state", "granted", "images", "most")
+    __slots__ = ("_among", "_process", "_state", "granted", "images", "most")
 
     def __init__(self, among: InFlight, images: int, most: int, granted: Callable[[Place], object]) -> None:
         self.images, self.most, self.granted = images, most, granted
         self._among = among
+        self._process = os.getpid()
         self._state = _State.WAITING
 
     def release(self) -> None:
@@ -45,6 +47,9 @@ class InFlight:
     """
 
     def __init__(self) -> None:
+        self._start_over()
+
+    def _start_over(self) -> None:
         self.images = 0
         self._lock = threading.Lock()
         self._waiting: deque[Place] = deque()
@@ -83,6 +88,8 @@ class InFlight:
         return place
 
     def _release(self, place: Place) -> None:
+        if place._process != os.getpid():  # taken before a fork: it is its parent's, and not counted here
+            return
         with self._lock:
             if place._state is _State.HELD:
                 self.images -= place.images
@@ -123,6 +130,18 @@ def to(target: Hashable) -> InFlight:
         if found is None:
             found = _BY_TARGET[target] = InFlight()
         return found
+
+
+def _forget_the_parent() -> None:
+    """In a process that was forked: the calls are its parent's, and so are the threads that held locks."""
+    global _BY_TARGET_LOCK  # noqa: PLW0603
+    _BY_TARGET_LOCK = threading.Lock()
+    for found in _BY_TARGET.values():
+        found._start_over()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_the_parent)
 
 
 def most_images(max_queue_images: int) -> int:

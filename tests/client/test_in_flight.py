@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from itertools import count
@@ -203,3 +206,26 @@ def test_pings_are_rarer_than_the_server_allows(server: ServerProcess) -> None:
     with EmbeddingClient(server.address) as client:
         allowed = client.model().limits.min_ping_interval_ms
     assert 0 < allowed <= dict(_CHANNEL_OPTIONS)["grpc.keepalive_time_ms"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_starts_with_nothing_under_way() -> None:
+    code = """
+import os
+from matvae_client import _in_flight
+
+places = _in_flight.to("server")
+held, waited = places.take(4, 4), places.request(1, 4, print)
+for lock in (places._lock, _in_flight._BY_TARGET_LOCK):
+    lock.acquire()  # as another thread may have it
+child = os.fork()
+if child:
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or places.images != 4)
+mine = _in_flight.to("server")
+assert mine is places and mine.images == 0
+assert mine.take(4, 4) and not mine.take(1, 4)
+held.release()  # what was the parent's counts for nothing
+waited.release()
+assert mine.images == 4
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=SECONDS)
