@@ -21,6 +21,7 @@ from matvae_client import _images
 from matvae_client._budget import Budget
 from matvae_client._bulk import Bulk
 from matvae_client._card import HEAD_KINDS, ModelCard, ModelSummary
+from matvae_client._checks import at_least_one, whole
 from matvae_client._classifier import PrefixClassifier
 from matvae_client._coalescer import Coalescer
 from matvae_client._codes import Codes
@@ -36,7 +37,7 @@ from matvae_client._errors import (
 from matvae_client._galleries import GallerySummary, pull_gallery, select
 from matvae_client._in_flight import most_images
 from matvae_client._progress import Progress, ProgressOption
-from matvae_client._replies import Replies, Wanted, check_fingerprint, check_slice, whole
+from matvae_client._replies import Replies, Wanted, check_fingerprint, check_slice
 from matvae_client._store import CodesDirectory
 
 if TYPE_CHECKING:
@@ -73,12 +74,10 @@ class EmbeddingClient:
         check_timeout(timeout)
         if credentials is not None and channel is not None:
             raise InvalidRequestError.of("credentials", "a channel of your own has its own: give one or the other")
-        if max_in_flight < 1:
-            raise InvalidRequestError.of("max_in_flight", f"{max_in_flight} is not at least 1")
         self._target = target
         self._model_name = model
         self._timeout = timeout
-        self._max_in_flight = max_in_flight
+        self._max_in_flight = at_least_one("max_in_flight", max_in_flight)
         self._connection = Connection(target, channel, credentials)
         self._stub = self._connection.stub
         self._card: ModelCard | None = None
@@ -154,7 +153,7 @@ class EmbeddingClient:
         progress: ProgressOption = None,
         timeout: float | None = None,
     ) -> Codes:
-        """The codes z[offset:dimensions] of any number of images, in their order.
+        """The codes z[offset:dimensions] of the images, at least one, in their order.
 
         An image is a uint8 array of exactly the card's shape (height, width, channels), of which grey may drop the
         channel axis; a path (str or PathLike); the bytes of a PNG, JPEG or WebP file; or a PIL image, sent as lossless

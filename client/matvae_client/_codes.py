@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from matvae.v1 import codec
 from matvae_client import _files
+from matvae_client._checks import check_precision, no_text, read_only, whole
 from matvae_client._errors import FingerprintMismatchError, FormatError, InvalidRequestError, ItemError
 from matvae_client._names import name_tensors, names_of
 
@@ -24,8 +25,8 @@ Rows: TypeAlias = slice | npt.NDArray[Any] | list[int] | SupportsIndex
 class Codes:
     """n codes z[offset:dimensions] of one embedding space.
 
-    `rows` is uint8 (n, bytes per vector), read-only; `quantiser` covers the width, dimensions - offset. `ids`, where
-    given, name the rows. `errors` says which of the images asked for have no row.
+    `rows` is uint8 (n, bytes per vector), read-only, a copy of an array that is not; `quantiser` covers the width,
+    dimensions - offset. `ids`, where given, name the rows. `errors` says which of the images asked for have no row.
 
     `np.asarray(codes)` is the float32 (n, width) array, dequantised anew at each call where the precision is lower.
     Codes are raw posterior means: a prefix of a code is the code of the prefix, so truncate first, and normalise after.
@@ -41,8 +42,7 @@ class Codes:
     errors: tuple[ItemError, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.precision not in codec.PRECISIONS:
-            raise InvalidRequestError.of("precision", f"{self.precision!r} is none of {', '.join(codec.PRECISIONS)}")
+        check_precision(self.precision)
         if not 0 <= self.offset < self.dimensions:
             raise InvalidRequestError.of("offset", f"{self.offset} is not from 0 to below dimensions={self.dimensions}")
         size = codec.bytes_per_vector(self.width, self.precision)
@@ -54,13 +54,18 @@ class Codes:
             raise InvalidRequestError.of(
                 "quantiser", f"{len(self.quantiser.int8_low)} ranges for {self.width} coordinates"
             )
+        no_text("ids", self.ids)
         if self.ids is not None and len(self.ids) != len(self.rows):
             raise InvalidRequestError.of("ids", f"{len(self.ids)} for {len(self.rows)} codes")
         if self.precision == "binary" and self.width % 8 and (self.rows[:, -1] >> self.width % 8).any():
             raise InvalidRequestError.of("rows", "pad bits of binary codes must be zero")
-        rows = np.ascontiguousarray(self.rows).view()
-        rows.flags.writeable = False
-        object.__setattr__(self, "rows", rows)
+        held = self.rows.flags.writeable  # by somebody who could change it
+        rows = np.array(self.rows, order="C") if held else np.ascontiguousarray(self.rows).view()
+        object.__setattr__(self, "rows", read_only(rows))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        read_only(self.rows)  # neither pickle nor deepcopy keeps that
 
     @property
     def width(self) -> int:
@@ -92,7 +97,7 @@ class Codes:
         ids = self.ids
         if ids is not None:  # a slice costs what it takes, not what there is: who iterates takes many
             ids = ids[wanted] if isinstance(wanted, slice) else tuple(ids[i] for i in np.arange(len(self))[wanted])
-        return dataclasses.replace(self, rows=self.rows[wanted], ids=ids, errors=())
+        return dataclasses.replace(self, rows=read_only(self.rows[wanted]), ids=ids, errors=())
 
     def single(self, row: int) -> Self:
         """self[row] of codes without ids, in a third of the time: what was checked for all rows holds for one."""
@@ -114,9 +119,8 @@ class Codes:
     @property
     def _kind(self) -> str:
         """In words: which coordinates, at which precision."""
-        return (
-            f"{self.offset}:{self.dimensions} {self.precision}" if self.offset else f"{self.width}-d {self.precision}"
-        )
+        cut = f"{self.offset}:{self.dimensions}" if self.offset else f"{self.width}-d"
+        return f"{cut} {self.precision}"
 
     def truncate(self, dimensions: int) -> Self:
         """The codes of a shorter prefix, bit-equal to asking the server for it. Ids and errors stay.
@@ -127,11 +131,13 @@ class Codes:
             raise InvalidRequestError.of(
                 "offset", f"codes that start at {self.offset} have no prefix: embed with offset 0"
             )
+        dimensions = whole("dimensions", dimensions)
         if not 1 <= dimensions <= self.dimensions:
             raise InvalidRequestError.of("dimensions", f"{dimensions} is not between 1 and {self.dimensions}")
+        rows = codec.slice_rows(self.rows, 0, dimensions, self.precision).copy()  # lets go of the longer rows
         return dataclasses.replace(
             self,
-            rows=codec.slice_rows(self.rows, 0, dimensions, self.precision).copy(),  # lets go of the longer rows
+            rows=read_only(rows),
             dimensions=dimensions,
             quantiser=self.quantiser.slice(0, dimensions),
         )
@@ -143,8 +149,7 @@ class Codes:
         float32 code of a query fits any index of its model: `query.truncate(32).astype("binary")`. Raises
         InvalidRequestError.
         """
-        if precision not in codec.PRECISIONS:
-            raise InvalidRequestError.of("precision", f"{precision!r} is none of {', '.join(codec.PRECISIONS)}")
+        check_precision(precision)
         if precision == self.precision:
             return self
         if self.precision != "float32":
@@ -156,7 +161,7 @@ class Codes:
                 "offset", f"{self.offset} is not a multiple of 8, which binary codes need: embed again"
             )
         rows = codec.pack(np.asarray(self), precision, self.quantiser)
-        return dataclasses.replace(self, rows=rows, precision=precision)
+        return dataclasses.replace(self, rows=read_only(rows), precision=precision)
 
     def extend(self, tail: Self) -> Self:
         """These codes with the coordinates of `tail` after their own: bit-equal to asking for both at once.
@@ -179,7 +184,7 @@ class Codes:
         }
         return dataclasses.replace(
             self,
-            rows=np.concatenate([self.rows, tail.rows], axis=1),
+            rows=read_only(np.concatenate([self.rows, tail.rows], axis=1)),
             dimensions=tail.dimensions,
             quantiser=codec.Quantiser(**ranges),
         )
@@ -208,7 +213,8 @@ class Codes:
         if named and len(named) != len(codes):
             raise InvalidRequestError.of("ids", "some of the codes have ids and some have none")
         ids = tuple(name for part in named for name in part) if named else None
-        return dataclasses.replace(first, rows=np.concatenate([part.rows for part in codes]), ids=ids, errors=())
+        rows = read_only(np.concatenate([part.rows for part in codes]))
+        return dataclasses.replace(first, rows=rows, ids=ids, errors=())
 
     def save(self, path: _files.PathLike) -> None:
         """Write a codes file, atomically; `errors` is not kept. Raises OSError where no file can be written there."""
@@ -250,8 +256,17 @@ def describe(codes: Codes) -> str:
     return codes._kind
 
 
+def check_codes(codes: Codes) -> None:
+    """Raise InvalidRequestError where it is something else."""
+    if not isinstance(codes, Codes):
+        raise InvalidRequestError.of(
+            "codes", f"it is no Codes, but {type(codes).__name__}: embed gives Codes, and Codes.load"
+        )
+
+
 def require_space(codes: Codes, fingerprint: str, what: str) -> None:
-    """Raise FingerprintMismatchError unless `codes` are of that embedding space."""
+    """Raise FingerprintMismatchError unless `codes` are of that embedding space. Raises InvalidRequestError too."""
+    check_codes(codes)
     if codes.fingerprint != fingerprint:
         raise FingerprintMismatchError(
             f"codes have fingerprint {codes.fingerprint}, {what} {fingerprint}: they are of different models and do "
@@ -285,7 +300,7 @@ def from_tensors(path: _files.PathLike, tensors: _files.Tensors, metadata: dict[
     """The codes that a file holds. Raises FormatError that names the file."""
     try:
         return Codes(
-            rows=tensors["codes"],
+            rows=read_only(tensors["codes"]),
             dimensions=int(metadata["dimensions"]),
             offset=int(metadata["offset"]),
             precision=metadata["precision"],

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Self
 
 from matvae_client import _choice, _files, _stages
+from matvae_client._checks import at_least_one, read_only
 from matvae_client._choice import Choice
-from matvae_client._codes import Codes, from_tensors, require, to_tensors
+from matvae_client._codes import Codes, check_codes, from_tensors, require, to_tensors
 from matvae_client._errors import FormatError, InvalidRequestError
 from matvae_client._ids import Given, Ids
 from matvae_client._index import Neighbours, PrefixIndex
@@ -139,9 +140,7 @@ class FunnelIndex:
         Queries have the codes' space and dimensions, at any precision but binary. A stage keeps at least k. Raises
         FingerprintMismatchError or InvalidRequestError where they do not fit.
         """
-        k = self.schedule[-1][1] if k is None else k
-        if k < 1:
-            raise InvalidRequestError.of("k", f"{k} is not at least 1")
+        k = self.schedule[-1][1] if k is None else at_least_one("k", k)
         require(queries, like=self._codes, what="this funnel", any_precision=True)
         distances, places = _stages.search(self._schedule, self._shortlist, self._codes, queries, k)
         return Neighbours(distances, self._ids[places])
@@ -184,7 +183,11 @@ class FunnelIndex:
             else:
                 quantiser = codes.quantiser.slice(0, schedule.first)
                 shortlist = dataclasses.replace(
-                    codes, rows=short, dimensions=schedule.first, precision=schedule.precision, quantiser=quantiser
+                    codes,
+                    rows=read_only(short),
+                    dimensions=schedule.first,
+                    precision=schedule.precision,
+                    quantiser=quantiser,
                 )
                 if len(short) != len(codes):
                     raise ValueError("its shortlist is not of its codes")
@@ -199,6 +202,7 @@ class FunnelIndex:
 
 
 def _check(codes: Codes) -> None:
+    check_codes(codes)
     if codes.precision == "binary":
         raise InvalidRequestError.of(
             "codes", "binary codes have no more to rerank with: use PrefixIndex, or embed at a higher precision"

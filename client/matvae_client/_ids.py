@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from matvae_client import _files
+from matvae_client._checks import no_text
 from matvae_client._codes import Codes
 from matvae_client._errors import InvalidRequestError
 from matvae_client._names import name_tensors, names_of
@@ -51,19 +52,23 @@ class Ids:
                 names = np.array(listed, object if listed and isinstance(listed[0], str) else np.int64)
             except OverflowError:
                 raise InvalidRequestError.of("ids", "an int must fit into 64 bits") from None
+        if not len(codes):
+            return None  # no ids have no type
         if self._size and (names is not None and names.dtype == object) != self._are_strings:
             raise InvalidRequestError.of("ids", "the index cannot mix ints and strings")
         return names
 
     def extend(self, names: npt.NDArray[Any] | None, count: int) -> None:
         """Append what `checked` returned for `count` codes."""
+        if not count:
+            return
         if names is not None or self._ids is not None:
             new = np.arange(self._next, self._next + count) if names is None else names
             self._ids = np.concatenate([self._all(), new]) if self._size else new
         self._size += count
         self._next += count
 
-    def places(self, ids: Given) -> npt.NDArray[np.int64]:
+    def places(self, ids: Iterable[int] | Iterable[str]) -> npt.NDArray[np.int64]:
         """Every position of each of `ids`, ascending. Raises InvalidRequestError, naming those that are not there."""
         wanted = set(_listed(ids))
         held = self._all().tolist()
@@ -110,8 +115,12 @@ class Ids:
         return np.arange(self._size) if self._ids is None else self._ids
 
 
-def _listed(ids: Given) -> list[Any]:
-    listed: list[Any] = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+def _listed(ids: Iterable[int] | Iterable[str]) -> list[Any]:
+    given: Any = ids.tolist() if isinstance(ids, np.ndarray) else ids  # an array without axes gives what it holds
+    no_text("ids", given)
+    if not isinstance(given, Iterable):
+        raise InvalidRequestError.of("ids", f"{given!r} is one id: put it into a list")
+    listed = list(given)
     for kind in (str, int | np.integer):
         if all(isinstance(name, kind) for name in listed):
             return listed

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from matvae_client import _faiss, _files
-from matvae_client._codes import Codes, from_tensors, require, to_tensors
+from matvae_client._checks import at_least_one, read_only, whole
+from matvae_client._codes import Codes, check_codes, from_tensors, require, to_tensors
 from matvae_client._errors import FormatError, InvalidRequestError
 from matvae_client._ids import Given, Ids
 
@@ -89,13 +91,14 @@ class PrefixIndex:
     def effort(self, value: int) -> None:
         if self._like is None:
             raise InvalidRequestError.of("effort", "the index is empty: add codes first")
-        _faiss.set_effort(self._faiss, value)
+        _faiss.set_effort(self._faiss, whole("effort", value))
 
     def add(self, codes: Codes, ids: Given | None = None) -> None:
         """Add codes under `ids`, ints or strings; by default `codes.ids`, else running numbers.
 
         Raises FingerprintMismatchError or InvalidRequestError where they do not fit what is in the index.
         """
+        check_codes(codes)
         if self._like is not None:
             require(codes, like=self._like, what="this index")
         names = self._ids.checked(codes, ids)
@@ -105,7 +108,7 @@ class PrefixIndex:
             self._faiss, self._like = index, _empty(codes)
         self._ids.extend(names, len(codes))
 
-    def remove(self, ids: Given) -> int:
+    def remove(self, ids: Iterable[int] | Iterable[str]) -> int:
         """Take out every vector under these ids; how many there were.
 
         Raises InvalidRequestError, having changed nothing, where an id is not in the index, and where the kind cannot
@@ -126,8 +129,7 @@ class PrefixIndex:
         """
         if self._like is None or not len(self):
             raise InvalidRequestError.of("index", "it is empty: add codes before searching")
-        if k < 1:
-            raise InvalidRequestError.of("k", f"{k} is not at least 1")
+        k = at_least_one("k", k)
         require(queries, like=self._like, what="this index", any_precision=True)
         binary = self._like.precision == "binary"
         wanted = queries.rows if binary else np.ascontiguousarray(queries, np.float32)
@@ -140,7 +142,9 @@ class PrefixIndex:
             raise InvalidRequestError.of("index", "it is empty: there is nothing to save")
         ids, about_ids = self._ids.to_file()
         flat = self._kind == "flat"
-        codes = dataclasses.replace(self._like, rows=_faiss.rows(self._faiss, self._like)) if flat else self._like
+        codes = self._like
+        if flat:
+            codes = dataclasses.replace(codes, rows=read_only(_faiss.rows(self._faiss, codes)))
         tensors, metadata = to_tensors(codes)
         metadata |= about_ids | {"kind": self._kind}
         if not flat:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 import os
 from collections.abc import Iterable, Iterator
 from typing import Self
@@ -15,6 +14,7 @@ from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_client._budget import Budget
 from matvae_client._card import ModelCard
+from matvae_client._checks import check_precision, read_only, whole
 from matvae_client._codes import Codes
 from matvae_client._errors import FingerprintMismatchError, InvalidRequestError, ItemError, ServerError
 from matvae_client._images import ImageLike
@@ -120,7 +120,7 @@ class Replies:
             rows = rows[np.argsort(order)]
         try:
             return Codes(
-                rows=rows,
+                rows=read_only(rows),
                 dimensions=self._dimensions,
                 offset=self._offset,
                 precision=self._precision,
@@ -146,21 +146,10 @@ def check_fingerprint(got: str, card: ModelCard) -> None:
 
 def check_slice(card: ModelCard, dimensions: int, offset: int, precision: str) -> None:
     """Raise InvalidRequestError where the model of `card` has no codes z[offset:dimensions] of that precision."""
-    if precision not in codec.PRECISIONS:
-        raise InvalidRequestError.of("precision", f"{precision!r} is none of {', '.join(codec.PRECISIONS)}")
+    check_precision(precision)
     if not 1 <= dimensions <= card.dimensions:
         raise InvalidRequestError.of("dimensions", f"{dimensions} is not between 1 and {card.dimensions}")
     if not 0 <= offset < dimensions:
         raise InvalidRequestError.of("offset", f"{offset} is not between 0 and {dimensions - 1}, below dimensions")
     if precision == "binary" and offset % 8:
         raise InvalidRequestError.of("offset", f"{offset} is not a multiple of 8, which binary codes need")
-
-
-def whole(field: str, number: int) -> int:
-    """`number` as an int. Raises InvalidRequestError where it is no whole number, as True is none."""
-    try:
-        if isinstance(number, bool):
-            raise TypeError
-        return operator.index(number)
-    except TypeError:
-        raise InvalidRequestError.of(field, f"{number!r} is not a whole number") from None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import copy
 import dataclasses
 import json
 import os
+import pickle
 import stat
 import tempfile
 from collections.abc import Callable
@@ -197,6 +199,44 @@ def test_concatenating_keeps_order_and_refuses_a_mix(make_codes: MakeCodes) -> N
 def test_codes_that_contradict_themselves_are_refused(make_codes: MakeCodes, fields: dict[str, object]) -> None:
     with pytest.raises(InvalidRequestError):
         dataclasses.replace(make_codes(2, 16, "int8"), **fields)  # type: ignore[arg-type]
+
+
+def test_a_text_is_no_sequence_of_ids(make_codes: MakeCodes) -> None:
+    for text in ("ab", b"ab"):
+        with pytest.raises(InvalidRequestError, match=r"^ids: .* put it into a list"):
+            make_codes(2, 16, "int8", ids=text)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda codes: pickle.loads(pickle.dumps(codes))])
+def test_rows_stay_read_only(make_codes: MakeCodes, again: Callable[[Codes], Codes]) -> None:
+    codes = make_codes(3, 16, "int8")
+    same = again(codes)
+    assert _same(same, codes)
+    for rows in (codes.rows, same.rows, codes[[0, 2]].rows, codes.truncate(8).rows):
+        with pytest.raises(ValueError, match="read-only"):
+            rows[0, 0] = 1
+
+
+def test_codes_do_not_change_with_the_array_that_they_are_made_of(make_codes: MakeCodes) -> None:
+    codes = make_codes(3, 16, "int8")
+    array = codes.rows.copy()
+    made = dataclasses.replace(codes, rows=array)
+    array[:] = 0
+    assert _same(made, codes)
+    array.flags.writeable = False
+    assert np.shares_memory(dataclasses.replace(codes, rows=array).rows, array)  # that nobody changes is not copied
+
+
+def test_arguments_of_another_type_are_refused_by_name(make_codes: MakeCodes) -> None:
+    codes = make_codes(3, 16, "float32")
+    for dimensions in (2.0, True, "8", None):
+        with pytest.raises(InvalidRequestError, match=r"^dimensions: .* is not a whole number"):
+            codes.truncate(dimensions)  # type: ignore[arg-type]
+    assert codes.truncate(np.int64(8)).dimensions == 8  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match=r"^precision: \['int8'\] is none of"):
+        codes.astype(["int8"])  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match=r"^codes: it is no Codes, but ndarray"):
+        codes.extend(np.asarray(codes))  # type: ignore[arg-type]
 
 
 # --- files ---

@@ -111,6 +111,8 @@ def test_k_asks_for_more_or_fewer_than_the_schedule(make_codes: MakeCodes) -> No
     assert funnel.search(codes[:2], 999).ids.shape == (2, 300)
     with pytest.raises(InvalidRequestError, match=r"^k: 0"):
         funnel.search(codes[:2], 0)
+    with pytest.raises(InvalidRequestError, match=r"^k: 2\.5 is not a whole number"):
+        funnel.search(codes[:2], 2.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

@@ -159,6 +159,57 @@ def test_ids_are_the_users(make_codes: MakeCodes) -> None:
             PrefixIndex().add(codes, wrong)  # type: ignore[arg-type]
 
 
+def test_a_text_is_no_sequence_of_ids(make_codes: MakeCodes) -> None:
+    codes = make_codes(3, 8, "int8")
+    index = PrefixIndex(make_codes(3, 8, "int8", ids=("1", "2", "12")))
+    for wrong in ("12", b"12", np.array("12"), 12):
+        with pytest.raises(InvalidRequestError, match=r"^ids: .* put it into a list"):
+            index.remove(wrong)  # type: ignore[arg-type]
+    assert len(index) == 3
+    with pytest.raises(InvalidRequestError, match=r"^ids: 'abc' is one str"):
+        PrefixIndex().add(codes, "abc")
+    assert index.remove(name for name in ("12", "1")) == 2
+    assert index.remove({"2"}) == 1
+
+
+def test_no_codes_may_be_added_to_any_index(make_codes: MakeCodes) -> None:
+    codes = make_codes(2, 8, "int8")
+    for ids in (["a", "b"], [7, 5], None):
+        index = PrefixIndex()
+        index.add(codes, ids)
+        before = index.search(codes, 2).ids
+        for none in (codes[:0], make_codes(2, 8, "int8", ids=("x", "y"))[:0]):
+            index.add(none)
+            index.add(none, [])
+            with pytest.raises(InvalidRequestError, match=r"^ids: 1 for 0 codes"):
+                index.add(none, ["z"])
+        after = index.search(codes, 2).ids
+        assert (after.dtype, after.tolist()) == (before.dtype, before.tolist())
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("flat", "int8"), ("flat", "binary"), ("hnsw", "int8")])
+def test_k_is_a_whole_number_of_any_type(make_codes: MakeCodes, kind: str, precision: str) -> None:
+    codes = make_codes(5, 16, precision)
+    index = PrefixIndex(codes, kind=kind)
+    assert index.search(codes, np.int64(3)).ids.shape == (5, 3)  # type: ignore[arg-type]
+    for k in (2.5, "3", True, None):
+        with pytest.raises(InvalidRequestError, match=r"^k: .* is not a whole number"):
+            index.search(codes, k)  # type: ignore[arg-type]
+    if kind == "hnsw":
+        index.effort = np.int64(32)  # type: ignore[assignment]
+        assert index.effort == 32
+        with pytest.raises(InvalidRequestError, match=r"^effort: 2\.5 is not a whole number"):
+            index.effort = 2.5  # type: ignore[assignment]
+
+
+def test_an_array_is_no_codes(make_codes: MakeCodes) -> None:
+    codes = make_codes(5, 16, "float32")
+    index = PrefixIndex(codes)
+    for call in (index.search, index.add, PrefixIndex().add):
+        with pytest.raises(InvalidRequestError, match=r"^codes: it is no Codes, but ndarray"):
+            call(np.asarray(codes))  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("precision", codec.PRECISIONS)
 @pytest.mark.parametrize("ids", [None, [7, 5, 3], ["x", "ü", ""]])
 def test_a_saved_index_answers_the_same(
