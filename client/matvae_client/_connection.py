@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -12,7 +13,7 @@ import grpc
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_client import _in_flight
-from matvae_client._credentials import Credentials, open_channel
+from matvae_client._credentials import Credentials, check_target, open_channel, proxy_variable
 from matvae_client._errors import DeadlineError, InvalidRequestError, UnavailableError, from_rpc_error
 from matvae_client._in_flight import InFlight, Place
 
@@ -59,9 +60,11 @@ _LONGEST_TIMEOUT = 1e9
 """Seconds, 31 years: gRPC counts nanoseconds since 1970 in 64 bits, and takes what does not fit for a time gone by."""
 
 
-def check_timeout(seconds: float) -> None:
+def check_timeout(seconds: object) -> None:
     """Raise InvalidRequestError where no call can have that deadline."""
-    if not 0 < seconds <= _LONGEST_TIMEOUT:
+    if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real):
+        raise InvalidRequestError.of("timeout", f"{seconds!r} is not a number of seconds")
+    if not 0 < float(seconds) <= _LONGEST_TIMEOUT:
         raise InvalidRequestError.of("timeout", f"{seconds} is not above 0 and at most {_LONGEST_TIMEOUT:.0e} seconds")
 
 
@@ -100,8 +103,11 @@ class Connection:
     """
 
     def __init__(self, target: str, channel: grpc.Channel | None, credentials: Credentials | None = None) -> None:
+        if channel is None:
+            check_target(target)
         self._target = target
         self._own_channel = channel is None
+        self._proxy = proxy_variable(target) if channel is None else ""
         self._channel = channel or open_channel(target, credentials, _CHANNEL_OPTIONS)
         self.stub = pb_grpc.EmbeddingServiceStub(self._channel)
         self.in_flight = _in_flight.to(channel or target)
@@ -161,7 +167,7 @@ class Connection:
 
     def error(self, error: grpc.RpcError, seconds: float) -> Exception:
         """What a failed call raises."""
-        return from_rpc_error(error, self._target, seconds)
+        return from_rpc_error(error, self._target, seconds, self._proxy)
 
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable[Request, Reply], request: Request, left: float, seconds: float
@@ -202,4 +208,7 @@ class Connection:
         return place, max(0.001, seconds - (time.monotonic() - started))
 
     def _closed(self, error: ValueError) -> UnavailableError:
-        return UnavailableError(f"this client of {self._target} cannot call: {error}")
+        if "closed" not in str(error).lower():
+            return UnavailableError(f"this client of {self._target} cannot call: {error}")
+        what = "this client of" if self._own_channel else "the channel to"
+        return UnavailableError(f"{what} {self._target} was closed: make another")

@@ -16,6 +16,8 @@ from matvae_client._errors import InvalidRequestError
 from matvae_client._files import PathLike
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")  # what metadata can carry, and no space, which would end it
+_HOST_PORT = re.compile(r"(\[[^\[\]\s]+\]|[^\s:/\[\]]+):\d{1,5}")
+_SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "vsock:", "xds:")  # of gRPC's addresses
 _SYSTEM_ROOTS = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -85,20 +87,43 @@ def open_channel(
     credentials = credentials or Credentials()
     if credentials.server_name is not None:
         options = (*options, ("grpc.ssl_target_name_override", credentials.server_name))
-    if credentials.token is not None and not credentials.tls:
-        if not is_loopback(target):
-            raise InvalidRequestError.of(
-                "credentials",
-                f"a token would travel to {target} in plaintext, for anybody to read: give ca (--ca), or tls=True "
-                "(--tls) where an authority of the system has signed the server's certificate",
-            )
-        options = (*options, ("grpc.enable_http_proxy", 0))  # a proxy would take the token off this machine
+    if is_loopback(target):
+        options = (*options, ("grpc.enable_http_proxy", 0))  # a proxy would take images and token off this machine
+    elif credentials.token is not None and not credentials.tls:
+        raise InvalidRequestError.of(
+            "credentials",
+            f"a token would travel to {target} in plaintext, for anybody to read: give ca (--ca), or tls=True "
+            "(--tls) where an authority of the system has signed the server's certificate",
+        )
     channel = (
         grpc.secure_channel(target, _tls(credentials), options)
         if credentials.tls
         else grpc.insecure_channel(target, options)
     )
     return channel if credentials.token is None else _TokenChannel(channel, credentials.token)
+
+
+def check_target(target: str) -> None:
+    """Raise InvalidRequestError unless `target` is HOST:PORT, or has a scheme that gRPC knows."""
+    if not isinstance(target, str) or not target.strip():
+        raise InvalidRequestError.of("target", f"{target!r} is no address: give HOST:PORT")
+    if not _HOST_PORT.fullmatch(target) and not target.startswith(_SCHEMES):
+        raise InvalidRequestError.of("target", f"{target!r} is not HOST:PORT, such as localhost:50051")
+
+
+def proxy_variable(target: str) -> str:
+    """The variable of the environment that makes gRPC send calls to `target` through a proxy; empty where none does."""
+    name = _first_set("grpc_proxy", "https_proxy", "http_proxy")
+    if not name or is_loopback(target):
+        return ""
+    host = target.rpartition(":")[0].rpartition("/")[2].lower()
+    spared = os.environ.get(_first_set("no_grpc_proxy", "no_proxy"), "").lower().replace(" ", "")
+    return "" if host.endswith(tuple(filter(None, spared.split(",")))) else name
+
+
+def _first_set(*names: str) -> str:
+    """The first of these variables of the environment that is set; empty where none is."""
+    return next((name for name in names if os.environ.get(name)), "")
 
 
 def is_loopback(target: str) -> bool:

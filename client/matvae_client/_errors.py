@@ -154,8 +154,11 @@ _BY_STATUS: dict[grpc.StatusCode, type[MatvaeError]] = {
 }
 
 
-def from_rpc_error(error: grpc.RpcError, target: str, timeout: float) -> MatvaeError:
-    """The error that a failed call to `target`, with a deadline of `timeout` seconds, becomes."""
+def from_rpc_error(error: grpc.RpcError, target: str, timeout: float, proxy: str = "") -> MatvaeError:
+    """The error that a failed call to `target`, with a deadline of `timeout` seconds, becomes.
+
+    `proxy` is the variable of the environment that sends the call through a proxy.
+    """
     status, text = error.code(), error.details() or "no details"
     if status is grpc.StatusCode.INVALID_ARGUMENT:
         fields = _field_violations(error)
@@ -187,10 +190,11 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float) -> MatvaeE
             f"--token-file or MATVAE_TOKEN ({text})"
         )
     if status is grpc.StatusCode.UNAVAILABLE:
+        through = f"; {proxy} sends this call through a proxy, and no_proxy names hosts that need none" if proxy else ""
         if hint := _tls_hint(text):
-            return UnavailableError(f"no connection to {target}: {hint} ({text})")
+            return UnavailableError(f"no connection to {target}: {hint} ({text}){through}")
         return UnavailableError(
-            f"no server answers at {target}: start one with matvae-serve, or check the address ({text})"
+            f"no server answers at {target}: start one with matvae-serve, or check the address ({text}){through}"
         )
     if status is grpc.StatusCode.UNIMPLEMENTED:
         return ServerError(f"{target} does not offer this call: is it a matvae server, and not an older one? ({text})")

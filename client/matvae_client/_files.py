@@ -116,6 +116,10 @@ def read(path: PathLike, kind: str, *, without: str = "") -> tuple[Tensors, dict
     except SafetensorError as error:
         raise FormatError(f"{path} is no {kind} file, or is damaged: {error}") from None
     except OSError as error:
+        if Path(path).is_dir():  # of which safetensors says "No such device"
+            raise FormatError(
+                f"{path} is a folder, no {kind} file: a codes directory is what Codes.load reads"
+            ) from None
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
 Shape: TypeAlias = tuple[int, int, int]
-ImageLike: TypeAlias = "npt.NDArray[np.uint8] | str | os.PathLike[str] | bytes | PilImage"
+ImageLike: TypeAlias = "npt.NDArray[np.uint8] | str | os.PathLike[str] | bytes | bytearray | memoryview | PilImage"
 """One image: uint8 pixels, a path, the bytes of a PNG, JPEG or WebP file, or a PIL image."""
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")

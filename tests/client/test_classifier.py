@@ -80,6 +80,8 @@ def test_codes_that_do_not_fit_are_refused(
         classifier.predict(client.embed(images.query_images[0]))
     with pytest.raises(InvalidRequestError, match=r"embed with dimensions=32"):
         classifier.predict(client.embed(images.query_images[0], dimensions=32, offset=8))
+    with pytest.raises(InvalidRequestError, match=r"^codes: it is no Codes, but ndarray"):
+        classifier.labels(np.zeros((1, 32), np.float32))  # type: ignore[arg-type]
 
 
 def test_a_saved_classifier_predicts_the_same(client: EmbeddingClient, images: LabelledImages, tmp_path: Path) -> None:

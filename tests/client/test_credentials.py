@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -121,7 +122,7 @@ def test_a_closed_client_says_so_with_a_token_too(guarded: ServerProcess, images
     pixels = images.gallery_images[: client.model().limits.max_images_per_request + 1]
     client.close()
     for call in (client.models, lambda: client.embed(pixels), lambda: client.pull("photos")):
-        with pytest.raises(UnavailableError, match=r"this client of .* cannot call"):
+        with pytest.raises(UnavailableError, match=r"this client of .* was closed: make another$"):
             call()
 
 
@@ -201,6 +202,59 @@ def test_a_token_never_travels_in_plaintext(target: str) -> None:
     with pytest.raises(InvalidRequestError, match=r"a token would travel to .* in plaintext") as refused:
         EmbeddingClient(target, credentials=Credentials(token=TOKEN))
     assert TOKEN not in str(refused.value)
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A proxy that all of the environment's variables name, and that is never answered from."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(2.0)
+        for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        yield listener
+
+
+def test_no_proxy_sees_what_is_for_this_machine(proxy: socket.socket, faulty) -> None:
+    with EmbeddingClient(faulty.address) as client:
+        assert len(client.embed(faulty.images(1))) == 1
+    faulty.stop()
+    with EmbeddingClient(faulty.address, timeout=2.0) as client, pytest.raises(UnavailableError) as nobody:
+        client.model()
+    assert "proxy" not in str(nobody.value)
+    proxy.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        proxy.accept()
+
+
+def test_a_call_that_fails_in_a_proxy_names_it(proxy: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy.close()
+    with (
+        EmbeddingClient("embed.invalid:443") as client,
+        pytest.raises(UnavailableError, match=r"embed\.invalid.*https_proxy sends this call through a proxy"),
+    ):
+        client.model()
+    monkeypatch.setenv("no_proxy", "example.org, .invalid")
+    with EmbeddingClient("embed.invalid:443") as client, pytest.raises(UnavailableError) as unknown:
+        client.model()
+    assert "proxy" not in str(unknown.value)
+
+
+@pytest.mark.parametrize(
+    "target", ["", " ", None, "localhost", "dns", "http://localhost:50051", "::1", "localhost:http", "localhost:1/x"]
+)
+def test_what_is_no_address_is_refused_at_once(target: str) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^target: .*HOST:PORT"):
+        EmbeddingClient(target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["localhost:1", "[::1]:1", "dns:///localhost:1", "dns:localhost", "ipv4:127.0.0.1:1,127.0.0.2:1", "unix:/a/socket"],
+)
+def test_every_address_of_grpc_is_taken(target: str) -> None:
+    EmbeddingClient(target).close()
 
 
 @pytest.mark.parametrize(

@@ -444,19 +444,35 @@ def test_a_channel_of_the_callers_is_left_open(faulty: FaultyServer) -> None:
         for _ in range(2):
             with EmbeddingClient("described by the channel", channel=channel) as client:
                 assert len(client.embed(faulty.images(5))) == 5
+    with pytest.raises(UnavailableError, match=r"^the channel to described by the channel was closed: make another$"):
+        client.embed(faulty.images(5))
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"timeout": 0.0}, {"timeout": float("nan")}, {"timeout": 9e9}, {"max_in_flight": 0}]
+    "arguments",
+    [
+        {"timeout": 0.0},
+        {"timeout": float("nan")},
+        {"timeout": 9e9},
+        {"timeout": None},
+        {"timeout": True},
+        {"max_in_flight": 0},
+        {"max_in_flight": 1.5},
+    ],
 )
-def test_settings_are_checked(arguments: dict[str, float]) -> None:
+def test_settings_are_checked(arguments: dict[str, object]) -> None:
     with pytest.raises(InvalidRequestError, match=next(iter(arguments))):
         EmbeddingClient(**arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf"), 9e9])
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf"), 9e9, "3"])
 def test_the_deadline_of_one_call_is_checked(faulty_client: EmbeddingClient, timeout: float) -> None:
     with pytest.raises(InvalidRequestError, match="timeout"):
         faulty_client.embed([], timeout=timeout)
     with pytest.raises(InvalidRequestError, match="timeout"):
         faulty_client.pull("photos", timeout=timeout)
+
+
+def test_a_precision_of_another_type_is_refused(faulty_client: EmbeddingClient) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^precision: \['int8'\] is none of"):
+        faulty_client.embed([], precision=["int8"])  # type: ignore[arg-type]

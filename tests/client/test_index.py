@@ -227,6 +227,11 @@ def test_a_saved_index_answers_the_same(
         loaded.search(make_codes(1, 20, precision, fingerprint="b" * 64))
 
 
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"is a folder, no matvae-index file: a codes directory is what Codes\.load"):
+        PrefixIndex.load(tmp_path)
+
+
 def test_files_of_another_kind_or_without_ids_are_refused(make_codes: MakeCodes, tmp_path: Path) -> None:
     codes, path = make_codes(3, 16, "int8"), tmp_path / "file"
     codes.save(path)
