@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from matvae.v1 import codec
+from matvae_client._checks import read_only
 from matvae_client._codes import Codes
 from matvae_client._errors import InvalidRequestError
 from matvae_client._index import PrefixIndex
@@ -66,7 +67,9 @@ def shorten(codes: Codes, dimensions: int, precision: str) -> Codes:
         if precision != codes.precision:
             cut = codec.pack(codec.unpack(cut, dimensions, codes.precision, quantiser), precision, quantiser)
         rows[start : start + _CHUNK] = cut
-    return dataclasses.replace(plain, rows=rows, dimensions=dimensions, precision=precision, quantiser=quantiser)
+    return dataclasses.replace(
+        plain, rows=read_only(rows), dimensions=dimensions, precision=precision, quantiser=quantiser
+    )
 
 
 def as_query(queries: Codes, dimensions: int, precision: str) -> Codes:
