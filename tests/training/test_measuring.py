@@ -268,7 +268,7 @@ def test_a_packed_data_set_of_other_things_is_refused(tmp_path, changes, message
         data.load("folder", tmp_path / "folder.npz")
 
 
-@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "cifar10-h200"])
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-avx2", "cifar10", "cifar10-h200"])
 def test_the_page_holds_what_was_measured(repository, name):
     """Below its mark, the table that the command printed; nothing where nothing was measured."""
     page = (repository / "training" / "README.md").read_text()
