@@ -3,7 +3,7 @@
 # The recipes are those of training/bundles, but for CIFAR-10's, to which a GPU gives a larger encoder and more epochs;
 # options of `matvae-train fit` may follow, and replace those.
 #   DATASETS  which ones                              (mnist fashion-mnist cifar10)
-#   DEVICE    cpu tries the script where there is none (cuda)
+#   DEVICE    cpu tries the script where there is none (cuda); give a trial an OUT of its own
 # Writes OUT/<data set>/ (the bundle), OUT/<data set>.run/ (metrics, checkpoint; the same command goes on from it), the same
 # of a first pass as OUT/<data set>-first, and OUT/<data set>.json (scores over three seeds of the probes), by which a
 # data set is done: run again, the script leaves it out, and goes on with those that have none.

@@ -34,7 +34,7 @@ def check_precision(precision: str) -> None:
 def no_text(field: str, items: object) -> None:
     """Raise where a text is given for a sequence of texts: its characters are not what was meant."""
     if isinstance(items, str | bytes):
-        raise InvalidRequestError.of(field, f"{items!r} is one {type(items).__name__}: put it into a list")
+        raise InvalidRequestError.of(field, f"{items[:40]!r} is one {type(items).__name__}: put it into a list")
 
 
 def read_only(rows: codec.Bytes) -> codec.Bytes:

@@ -68,15 +68,15 @@ examples:
 Queries are embedded at the dimensions and the precision of the codes. Query codes that are longer are cut to the same,
 and float32 ones packed, so whole codes (matvae embed query.png --out query.codes) fit any. Distances are squared
 Euclidean, for binary codes the number of bits that differ. A query that cannot be used is left out and reported at the
-end, with --json as {"path": ..., "error": ...} at the end of the list, too; the exit status is 1 then.
+end, with --json as {"path": ..., "message": ...} at the end of the list, too; the exit status is 1 then.
 """
 _CLASSIFY_EXAMPLES = """\
 examples:
   matvae classify shoe.png                             the logistic head of all dimensions
   matvae classify photos --dimensions 32 --kind mlp    the MLP of the first 32; matvae info --json lists the heads
 
-A file that cannot be used is left out and reported at the end, with --json as {"path": ..., "error": ...} at the end of
-the list, too; the exit status is 1 then.
+A file that cannot be used is left out and reported at the end, with --json as {"path": ..., "message": ...} at the end
+of the list, too; the exit status is 1 then.
 """
 
 

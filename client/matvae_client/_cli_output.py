@@ -134,11 +134,6 @@ def _errors(failed: Failed) -> list[dict[str, str]]:
     return [{"path": path, "message": message} for path, message in failed]
 
 
-def _entries(failed: Failed) -> list[dict[str, str]]:
-    """Failures as entries of a list of results."""
-    return [{"path": path, "error": message} for path, message in failed]
-
-
 def report(failed: Failed, *, unwritten: Path | None = None) -> int:
     """Complain of each file that could not be used, and that there was nothing for `unwritten`; the exit status."""
     for path, message in failed:
@@ -165,7 +160,7 @@ def print_neighbours(queries: Sequence[str], neighbours: Neighbours, failed: Fai
                     {"query": query, "neighbours": [{"id": name, "distance": distance} for distance, name in nearest]}
                     for query, nearest in found
                 ),
-                *_entries(failed),
+                *_errors(failed),
             ]
         )
         return
@@ -185,7 +180,7 @@ def print_labels(
         for path, number, row in zip(paths, best, probabilities, strict=True)
     ]
     if as_json:
-        print_json([*rows, *_entries(failed)])
+        print_json([*rows, *_errors(failed)])
         return
     for row in rows:
         print(_visible(f"{row['label']:<16} {row['probability']:.2f}  {row['path']}"))

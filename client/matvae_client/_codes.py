@@ -25,7 +25,7 @@ Rows: TypeAlias = slice | npt.NDArray[Any] | list[int] | SupportsIndex
 class Codes:
     """n codes z[offset:dimensions] of one embedding space.
 
-    `rows` is uint8 (n, bytes per vector), read-only, a copy of an array that is not; `quantiser` covers the width,
+    `rows` is uint8 (n, bytes per vector), read-only: a copy of a writeable array. `quantiser` covers the width,
     dimensions - offset. `ids`, where given, name the rows. `errors` says which of the images asked for have no row.
 
     `np.asarray(codes)` is the float32 (n, width) array, dequantised anew at each call where the precision is lower.

@@ -64,7 +64,7 @@ def check_timeout(seconds: object) -> None:
     """Raise InvalidRequestError where no call can have that deadline."""
     if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real):
         raise InvalidRequestError.of("timeout", f"{seconds!r} is not a number of seconds")
-    if not 0 < float(seconds) <= _LONGEST_TIMEOUT:
+    if not 0 < seconds <= _LONGEST_TIMEOUT:  # type: ignore[operator]
         raise InvalidRequestError.of("timeout", f"{seconds} is not above 0 and at most {_LONGEST_TIMEOUT:.0e} seconds")
 
 

@@ -16,8 +16,9 @@ from matvae_client._errors import InvalidRequestError
 from matvae_client._files import PathLike
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")  # what metadata can carry, and no space, which would end it
-_HOST_PORT = re.compile(r"(\[[^\[\]\s]+\]|[^\s:/\[\]]+):\d{1,5}")
-_SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "vsock:", "xds:")  # of gRPC's addresses
+_HOST_PORT = re.compile(r"(\[[^\[\]\s]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
+_SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "vsock:", "xds:", "google-c2p:")  # gRPC's own
+_LAST_PORT = 65535
 _SYSTEM_ROOTS = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -107,23 +108,30 @@ def check_target(target: str) -> None:
     """Raise InvalidRequestError unless `target` is HOST:PORT, or has a scheme that gRPC knows."""
     if not isinstance(target, str) or not target.strip():
         raise InvalidRequestError.of("target", f"{target!r} is no address: give HOST:PORT")
-    if not _HOST_PORT.fullmatch(target) and not target.startswith(_SCHEMES):
-        raise InvalidRequestError.of("target", f"{target!r} is not HOST:PORT, such as localhost:50051")
+    if target.startswith(_SCHEMES):
+        return
+    if not _HOST_PORT.fullmatch(target) or int(target.rpartition(":")[2]) > _LAST_PORT:
+        raise InvalidRequestError.of(
+            "target", f"{target!r} is not HOST:PORT, such as localhost:50051, or HOST:443 behind an ingress"
+        )
 
 
 def proxy_variable(target: str) -> str:
-    """The variable of the environment that makes gRPC send calls to `target` through a proxy; empty where none does."""
+    """The variable of the environment by which gRPC may send calls to `target` through a proxy; empty without one.
+
+    gRPC reads more into no_proxy than the ends of names, such as networks: where it does, this names too much.
+    """
     name = _first_set("grpc_proxy", "https_proxy", "http_proxy")
-    if not name or is_loopback(target):
+    if not name or not os.environ[name] or is_loopback(target):
         return ""
-    host = target.rpartition(":")[0].rpartition("/")[2].lower()
+    host = target.rpartition(":")[0].rpartition("/")[2].strip("[]").lower()
     spared = os.environ.get(_first_set("no_grpc_proxy", "no_proxy"), "").lower().replace(" ", "")
     return "" if host.endswith(tuple(filter(None, spared.split(",")))) else name
 
 
 def _first_set(*names: str) -> str:
     """The first of these variables of the environment that is set; empty where none is."""
-    return next((name for name in names if os.environ.get(name)), "")
+    return next((name for name in names if name in os.environ), "")
 
 
 def is_loopback(target: str) -> bool:

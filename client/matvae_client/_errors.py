@@ -190,7 +190,9 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float, proxy: str
             f"--token-file or MATVAE_TOKEN ({text})"
         )
     if status is grpc.StatusCode.UNAVAILABLE:
-        through = f"; {proxy} sends this call through a proxy, and no_proxy names hosts that need none" if proxy else ""
+        through = (
+            f"; {proxy} may send this call through a proxy, and no_proxy names hosts that need none" if proxy else ""
+        )
         if hint := _tls_hint(text):
             return UnavailableError(f"no connection to {target}: {hint} ({text}){through}")
         return UnavailableError(

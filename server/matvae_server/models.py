@@ -31,6 +31,9 @@ QUEUE_SECONDS = 0.025
 OnBatch: TypeAlias = Callable[[str, int, float], None]
 """Told of every batch: the model's name, images, seconds."""
 
+OnLost: TypeAlias = Callable[[EncoderLostError], None]
+"""Told of an encoder that is lost."""
+
 log = logging.getLogger("matvae.server")
 
 
@@ -77,7 +80,7 @@ class Models:
     def __init__(self, config: ServerConfig, on_batch: OnBatch = lambda *_: None) -> None:
         self._config = config
         self._on_batch = on_batch
-        self.on_lost: Callable[[EncoderLostError], None] = lambda _: None
+        self.on_lost: OnLost = lambda _: None
         self._by_name: dict[str, Model] = {}
         self._retiring: dict[tuple[str, str], Model] = {}  # by name and fingerprint
         self._retirements: set[asyncio.Task[None]] = set()
@@ -126,9 +129,7 @@ class Models:
                 bundle, encoder = await asyncio.to_thread(_read, self._config, name)
                 if bundle.card.name in fresh:
                     raise ModelError(f"two bundles are named {bundle.card.name!r}: a name must tell them apart")
-                model = await _warm(self._config, bundle, encoder, self._on_batch)
-                model.batcher.on_lost = self._lose
-                fresh[bundle.card.name] = model
+                fresh[bundle.card.name] = await _warm(self._config, bundle, encoder, self._on_batch, self._lose)
         except BaseException:
             await discard(fresh)
             raise
@@ -187,10 +188,11 @@ def _read(config: ServerConfig, name: str) -> tuple[Bundle, Encoder]:
     return bundle, encoder
 
 
-async def _warm(config: ServerConfig, bundle: Bundle, encoder: Encoder, on_batch: OnBatch) -> Model:
+async def _warm(config: ServerConfig, bundle: Bundle, encoder: Encoder, on_batch: OnBatch, on_lost: OnLost) -> Model:
     """The model, once it has encoded the smallest and the largest batch; what they took starts the predictions."""
     submit = encoder.submit if isinstance(encoder, runtimes.PipelinedEncoder) else None
     batcher = Batcher(encoder.encode, max_batch=config.max_batch, submit=submit)
+    batcher.on_lost = on_lost
     sizes = (1, config.max_batch)
     try:
         for count in sizes:

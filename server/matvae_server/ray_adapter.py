@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server import logs, security
+from matvae_server.batcher import EncoderLostError
 from matvae_server.calls import GrpcAdapter, Observer, refuse
 from matvae_server.config import ServerConfig
 from matvae_server.decoding import DecodePool
@@ -114,12 +115,19 @@ class Replica:
         self._observers: list[Observer] = [logs.access] if config.access_log else []
         self._tokens = security.Tokens(config.security.token_file) if config.security.token_file else None
         models = Models(config)
+        self._lost: list[EncoderLostError] = []
+        models.on_lost = self._lost.append
         fresh = await models.prepare()
         galleries = await asyncio.to_thread(open_galleries, config, fresh)
         models.replace(fresh)
         decoders = DecodePool(max(1, math.ceil(cpus)), config)
         core = EmbeddingCore(models, limits=config.limits, decoders=decoders, galleries=galleries)
         self._adapter = GrpcAdapter(core, self._observers)
+
+    async def check_health(self) -> None:
+        """What Ray asks now and then; it replaces a replica that raises. Raises EncoderLostError."""
+        if self._lost:
+            raise self._lost[0]
 
     async def GetModel(self, request: pb.GetModelRequest, grpc_context: Any) -> pb.GetModelResponse:  # noqa: N802
         """See the proto."""

@@ -69,11 +69,21 @@ class CudaEncoder(TorchEncoder):
 
 @contextlib.contextmanager
 def _losing() -> Iterator[None]:
-    """CUDA's own errors spoil its context: every call after them fails, too."""
+    """Most of CUDA's own errors spoil its context: every call after them fails, too. The others fail one batch."""
     try:
         yield
     except torch.AcceleratorError as error:
+        if _still_computes():
+            raise
         raise EncoderLostError(f"the GPU computes nothing more for this process: {_first_line(error)}") from error
+
+
+def _still_computes() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except torch.AcceleratorError:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -167,7 +167,7 @@ def test_nothing_is_written_where_no_image_is_usable(matvae: Run, tmp_path: Path
     assert "missing.png" in done.stderr
     done = matvae("classify", "missing.png", "--json")
     error = "cannot read the file: No such file or directory"
-    assert (done.returncode, json.loads(done.stdout)) == (1, [{"path": "missing.png", "error": error}])
+    assert (done.returncode, json.loads(done.stdout)) == (1, [{"path": "missing.png", "message": error}])
     (tmp_path / "empty").mkdir()
     assert "no images under empty" in matvae("embed", "empty", "--out", "out.codes").stderr
     assert "not a folder" in matvae("embed", "missing.png", "--out", "no/such/out.codes").stderr

@@ -74,7 +74,7 @@ def test_an_output_that_stays_as_it_was_is_told(matvae: Run, photos: Path, tmp_p
 
 def test_programs_are_told_which_queries_failed(matvae: Run, photos: Path) -> None:
     matvae("embed", photos, "--out", "out.codes", "--dimensions", 2)
-    error = {"path": "missing.png", "error": MISSING}
+    error = {"path": "missing.png", "message": MISSING}
     for command in (("search", "out.codes"), ("classify",)):
         done = matvae(*command, "missing.png", photos / "03.png", "--json")
         first, last = json.loads(done.stdout)

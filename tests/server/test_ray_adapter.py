@@ -19,7 +19,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 
 from matvae.v1 import embedding_pb2 as pb
-from matvae_server import logs, ray_cli, ray_serve
+from matvae_server import logs, ray_cli, ray_serve, runtimes
+from matvae_server.batcher import EncoderLostError
 from matvae_server.calls import Malformed
 from matvae_server.config import Security, ServerConfig
 from matvae_server.ray_adapter import AbortedCallError, Replica, add_to_proxy
@@ -281,3 +282,25 @@ def test_the_command_says_what_to_install_or_what_is_wrong() -> None:
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, "matvae-serve-ray: ray is not installed: pip install 'matvae[ray]'\n")
+
+
+def test_a_replica_whose_gpu_is_lost_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = runtimes.OnnxEncoder.encode
+    error = EncoderLostError("the GPU computes nothing more for this process")
+
+    def losing(self: runtimes.OnnxEncoder, images: np.ndarray) -> np.ndarray:
+        if (images == 127).any():
+            raise error
+        return encode(self, images)
+
+    async def use(replica: Replica) -> None:
+        await replica.check_health()
+        grey = pb.EmbedRequest(raw=pb.RawImages(pixels=b"\x7f" * 784, shape=(1, 28, 28, 1)))
+        context = Context()
+        await replica.Embed(grey, context)
+        assert context.code == grpc.StatusCode.INTERNAL
+        with pytest.raises(EncoderLostError):
+            await replica.check_health()
+
+    monkeypatch.setattr(runtimes.OnnxEncoder, "encode", losing)
+    with_replica(use)

@@ -290,10 +290,23 @@ def test_cuda_keeps_batches_apart_while_two_are_under_way(bundle: bundles.Bundle
         assert np.abs(fetch() - expected[start:stop]).max() < FP32
 
 
-def test_cudas_own_errors_mean_that_the_encoder_is_lost() -> None:
-    message = "^the GPU computes nothing more for this process: CUDA error: unspecified launch failure$"
-    with pytest.raises(EncoderLostError, match=message), _losing():
-        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+@pytest.mark.parametrize("spoilt", [True, False])
+def test_an_error_that_spoils_cudas_context_loses_the_encoder(monkeypatch: pytest.MonkeyPatch, spoilt: bool) -> None:
+    error = torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+
+    def synchronize() -> None:
+        if spoilt:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    lost = "^the GPU computes nothing more for this process: CUDA error: unspecified launch failure$"
+    expected = (
+        pytest.raises(EncoderLostError, match=lost)
+        if spoilt
+        else pytest.raises(torch.AcceleratorError, match="CUDA error")
+    )
+    with expected, _losing():
+        raise error
 
 
 @on_cuda

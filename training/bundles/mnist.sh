@@ -13,6 +13,8 @@ first=("${@:3}" --objective mmd-vae --consistency none --neighbours 0 --out "$ou
 # then could not go on. Its card is the last file to be written, so where there is one, the bundle is whole.
 if [[ " $* " != *" --resume "* || ! -e $out-first/card.json ]]; then
   matvae-train fit --dataset mnist --data-root "$data_root" --threads 1 --bfloat16 "${first[@]}"
+else
+  echo "$out-first is whole: kept as it is"
 fi
 
 # The bundle: trains, fits heads and quantiser, measures on the test set, and writes the card with all of it.
