@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +32,47 @@ def client(server: ServerProcess) -> Iterator[EmbeddingClient]:
     """A client of the session's real server."""
     with EmbeddingClient(server.address) as client:
         yield client
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def matvae_at(tmp_path: Path) -> Run:
+    """The command in a process of its own, asking the server at an address: `matvae_at(address, "info", "--json")`.
+
+    `code` is Python that takes its place, `closed` what a shell closes before it (`>&-`); what else is named is
+    environment.
+    """
+
+    def run(
+        address: str, *arguments: object, cwd: Path = tmp_path, code: str = "", closed: str = "", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        program = ("-c", code) if code else ("-m", "matvae_client")
+        command = [sys.executable, *program, *map(str, arguments)]
+        if closed:
+            command = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
+        return subprocess.run(
+            command,
+            env=os.environ | {"MATVAE_SERVER": address, "COLUMNS": "100"} | environment,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def matvae(matvae_at: Run, server: ServerProcess) -> Run:
+    """The same of the session's real server, unless `address` names another."""
+
+    def run(*arguments: object, address: str = server.address, **more: Any) -> subprocess.CompletedProcess[str]:
+        return matvae_at(address, *arguments, **more)
+
+    return run
 
 
 @pytest.fixture(scope="session")

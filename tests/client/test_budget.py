@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import os
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 
 from matvae.v1 import codec
 from matvae_bench.images import LabelledImages
-from matvae_bench.server_process import ServerProcess
 from matvae_client import (
     Budget,
     BudgetError,
@@ -270,18 +268,8 @@ def test_embed_takes_what_its_budget_buys(client: EmbeddingClient, images: Label
 
 
 @pytest.fixture
-def matvae(server: ServerProcess) -> Callable[..., subprocess.CompletedProcess[str]]:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "matvae_client", "plan", *arguments],
-            env=os.environ | {"MATVAE_SERVER": server.address, "COLUMNS": "100"},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
+def matvae(matvae: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    return functools.partial(matvae, "plan")
 
 
 def test_the_command_prints_the_plan(matvae: Callable[..., subprocess.CompletedProcess[str]], card: ModelCard) -> None:

@@ -27,23 +27,6 @@ if TYPE_CHECKING:
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def matvae(server: ServerProcess, tmp_path: Path) -> Run:
-    def run(*arguments: object, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-        program = ("-c", code) if code else ("-m", "matvae_client")
-        return subprocess.run(
-            [sys.executable, *program, *map(str, arguments)],
-            env=os.environ | {"MATVAE_SERVER": server.address, "COLUMNS": "100"} | environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
-
-
 def test_help_teaches(matvae: Run) -> None:
     shown = matvae("--help")
     assert shown.returncode == 0

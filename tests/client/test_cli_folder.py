@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,19 +33,8 @@ def few(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def matvae(faulty: FaultyServer, tmp_path: Path) -> Run:
-    def run(*arguments: object, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "matvae_client", *map(str, arguments)],
-            env=os.environ | {"MATVAE_SERVER": faulty.address},
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
+def matvae(matvae_at: Run, faulty: FaultyServer) -> Run:
+    return functools.partial(matvae_at, faulty.address)
 
 
 def paint(picture: Path, number: int) -> None:

@@ -28,24 +28,6 @@ from matvae_client import Codes, CodesDirectory, EmbeddingClient
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def matvae(server: ServerProcess, tmp_path: Path) -> Run:
-    def run(
-        *arguments: object, address: str = server.address, cwd: Path = tmp_path
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "matvae_client", *map(str, arguments)],
-            env=os.environ | {"MATVAE_SERVER": address, "COLUMNS": "100"},
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
-
-
 def test_embedding_into_a_folder_does_nothing_twice(matvae: Run, photos: Path, tmp_path: Path) -> None:
     moved = photos / "more" / "13.png"
     moved.rename(tmp_path / "13.png")

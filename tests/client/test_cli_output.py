@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from matvae_bench.server_process import ServerProcess
 from matvae_client import Codes, ModelCard
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 MISSING = "cannot read the file: No such file or directory"
-
-
-@pytest.fixture
-def matvae(server: ServerProcess, tmp_path: Path) -> Run:
-    def run(*arguments: object, closed: str = "") -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "matvae_client", *map(str, arguments)]
-        if closed:
-            command = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
-        return subprocess.run(
-            command,
-            env=os.environ | {"MATVAE_SERVER": server.address},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
 
 
 def test_programs_are_told_where_all_images_failed(matvae: Run, card: ModelCard) -> None:

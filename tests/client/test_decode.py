@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,6 @@ from PIL import Image
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_bench.images import LabelledImages
-from matvae_bench.server_process import ServerProcess
 from matvae_client import (
     Codes,
     CodesDirectory,
@@ -41,19 +39,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def decode(server: ServerProcess, tmp_path: Path) -> Run:
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "matvae_client", "decode", *map(str, arguments)],
-            env=os.environ | {"MATVAE_SERVER": server.address},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
+def decode(matvae: Run) -> Run:
+    return functools.partial(matvae, "decode")
 
 
 def opened(path: Path) -> np.ndarray:

@@ -293,13 +293,21 @@ def test_fuzz_of_well_formed_requests(server: ServerProcess, request: pb.EmbedRe
         assert future.code() in ANSWERED_OR_BLAMED, future.details()
 
 
-def test_an_encoder_that_raises_once_fails_that_batch_alone() -> None:
-    white = pb.EmbedRequest(raw=pb.RawImages(pixels=b"\xff" * 784, shape=(1, 28, 28, 1)))
+@contextlib.contextmanager
+def failing_server() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """That of failing_server.py, and its address."""
     script = [sys.executable, str(Path(__file__).with_name("failing_server.py"))]
     with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stderr is not None
-        address = next(line for line in process.stdout if " ready on " in line).split()[-1]
+        try:
+            yield process, next(line for line in process.stdout if " ready on " in line).split()[-1]
+        finally:
+            process.kill()
+
+
+def test_an_encoder_that_raises_once_fails_that_batch_alone() -> None:
+    white = pb.EmbedRequest(raw=pb.RawImages(pixels=b"\xff" * 784, shape=(1, 28, 28, 1)))
+    with failing_server() as (process, address):
         with grpc.insecure_channel(address) as channel:
             stub = pb_grpc.EmbeddingServiceStub(channel)
             with pytest.raises(grpc.RpcError) as failed:
@@ -313,27 +321,23 @@ def test_an_encoder_that_raises_once_fails_that_batch_alone() -> None:
             assert replies[1] == "error"
             assert set(replies) == {1, 2}  # the second may have shared the first one's batch
         process.send_signal(signal.SIGTERM)
-        log = process.stderr.read()
-        assert process.wait(SECONDS) == 0
+        _, log = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0
         assert "the-one-that-failed" in log
         assert "the encoder broke on /a/secret/path" in log
 
 
 def test_a_server_whose_gpu_is_lost_ends_and_says_so() -> None:
     grey = pb.EmbedRequest(raw=pb.RawImages(pixels=b"\x7f" * 784, shape=(1, 28, 28, 1)))
-    script = [sys.executable, str(Path(__file__).with_name("failing_server.py"))]
-    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        address = next(line for line in process.stdout if " ready on " in line).split()[-1]
+    with failing_server() as (process, address):
         with grpc.insecure_channel(address) as channel:
             stub = pb_grpc.EmbeddingServiceStub(channel)
             assert stub.Embed(ONE, timeout=SECONDS).codes.count == 1
             with pytest.raises(grpc.RpcError) as failed:
                 stub.Embed(grey, timeout=SECONDS)
             assert failed.value.code() == grpc.StatusCode.INTERNAL, "the call that lost it is answered"
-        log = process.stderr.read()
-        assert process.wait(SECONDS) == 1, "for whoever starts it again"
+        _, log = process.communicate(timeout=SECONDS)
+        assert process.returncode == 1, "for whoever starts it again"
         assert "the GPU computes nothing more for this process: unspecified launch failure; the server ends" in log
 
 
