@@ -280,7 +280,8 @@ class EmbeddingClient:
         same `into`, as long as each attempt, of at most `timeout` seconds, brings something.
 
         Raises NotFoundError where there is no such gallery, version or id, FingerprintMismatchError where the gallery
-        or `into` is of another model than the server's, and InvalidRequestError where `into` holds something else.
+        or `into` is of another model than the server's, InvalidRequestError where `into` holds something else, and
+        ServerError where the server cannot read the gallery.
         """
         seconds = self._seconds(timeout)
         card = self.model()

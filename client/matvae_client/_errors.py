@@ -3,7 +3,7 @@
     MatvaeError
     ├── InvalidRequestError       INVALID_ARGUMENT: a field is wrong, found by the server or here; also a ValueError
     ├── NotFoundError             NOT_FOUND: no such model, head or metric
-    ├── FingerprintMismatchError  FAILED_PRECONDITION: two embedding spaces would mix
+    ├── FingerprintMismatchError  FAILED_PRECONDITION, but of a broken gallery: two embedding spaces would mix
     ├── OverloadedError           RESOURCE_EXHAUSTED: come back in `retry_after` seconds; CANCELLED by the server
     ├── DeadlineError             DEADLINE_EXCEEDED: no answer in time
     ├── UnavailableError          UNAVAILABLE: no server answers, or this client was closed
@@ -200,7 +200,7 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float, proxy: str
         )
     if status is grpc.StatusCode.UNIMPLEMENTED:
         return ServerError(f"{target} does not offer this call: is it a matvae server, and not an older one? ({text})")
-    if status in _BY_STATUS:
+    if status in _BY_STATUS and _reason(error) != "GALLERY_BROKEN":
         return _BY_STATUS[status](text)
     return ServerError(f"{target} failed: {text}{_named(error, text)}")
 
@@ -254,6 +254,14 @@ def _field_violations(error: grpc.RpcError) -> tuple[tuple[str, str], ...]:
         if detail.Unpack(request)
         for violation in request.field_violations
     )
+
+
+def _reason(error: grpc.RpcError) -> str:
+    """What the server calls it, where its status means several things; empty where it says nothing."""
+    from google.rpc import error_details_pb2
+
+    info = error_details_pb2.ErrorInfo()
+    return next((info.reason for detail in _details(error) if detail.Unpack(info)), "")
 
 
 def _retry_after(error: grpc.RpcError) -> float | None:

@@ -23,6 +23,7 @@ from matvae_server.errors import (
     InternalError,
     InvalidArgumentError,
     NotFoundError,
+    Reason,
     UnimplementedError,
 )
 from matvae_server.images import Limits, Pixels
@@ -87,7 +88,9 @@ class Decoder:
 
     def _load(self) -> onnxruntime.InferenceSession:
         if self._bundle.decoder_onnx is None:
-            raise NotFoundError(f"model {self._bundle.card.name!r} has no decoder: it only encodes")
+            raise NotFoundError(
+                Reason.DECODER_NOT_FOUND, f"model {self._bundle.card.name!r} has no decoder: it only encodes"
+            )
         if importlib.util.find_spec("onnxruntime") is None:
             raise UnimplementedError("this server cannot decode: it needs onnxruntime, pip install 'matvae[server]'")
         if self._broken:
@@ -118,8 +121,9 @@ def check(codes: pb.Codes, card: Card, limits: Limits) -> None:
     full = card.network.dimensions
     if codes.fingerprint != card.fingerprint:
         raise FailedPreconditionError(
+            Reason.FINGERPRINT_MISMATCH,
             f"the codes have fingerprint {codes.fingerprint or 'none'}, model {card.name!r} has {card.fingerprint}: "
-            "only the model that made a code can decode it"
+            "only the model that made a code can decode it",
         )
     if codes.offset:
         raise InvalidArgumentError("codes.offset", f"{codes.offset} is not 0: a decoder needs the first coordinates")

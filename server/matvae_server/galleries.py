@@ -19,7 +19,7 @@ from matvae import store
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server.card import Card
-from matvae_server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from matvae_server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, Reason
 
 MESSAGE_BYTES = 2**20
 """About how much one message of a pull holds, ids included: small beside any limit, large beside its own cost."""
@@ -136,7 +136,9 @@ class Gallery:
             yield
         except store.StoreError as error:
             what = str(error).replace(f"{self.folder}/", "").replace(str(self.folder), "its folder")
-            raise FailedPreconditionError(f"gallery {self.name!r} cannot be read now: {what}") from None
+            raise FailedPreconditionError(
+                Reason.GALLERY_BROKEN, f"gallery {self.name!r} cannot be read now: {what}"
+            ) from None
 
     def _selected(
         self, request: pb.PullGalleryRequest, offset: int, stop: int, precision: str
@@ -157,7 +159,7 @@ class Gallery:
         if unknown:
             some = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
             where = f"version {manifest.version} of gallery {self.name!r}"
-            raise NotFoundError(f"{len(unknown)} of {len(names)} ids are not in {where}: {some}")
+            raise NotFoundError(Reason.IDS_NOT_FOUND, f"{len(unknown)} of {len(names)} ids are not in {where}: {some}")
         yield pb.PullGalleryResponse(start=pb.PullStart(version=manifest.version, count=len(wanted)))
         digest = store.Digest()
         for ids in _blocks(wanted, codec.bytes_per_vector(stop - offset, precision)):
@@ -208,14 +210,16 @@ class Gallery:
         """Raise FailedPreconditionError where it is no longer of the model that is served."""
         if manifest.fingerprint != self.card.fingerprint:
             raise FailedPreconditionError(
+                Reason.GALLERY_BROKEN,
                 f"gallery {self.name!r} has fingerprint {manifest.fingerprint}, the model {self.card.name!r} "
-                f"{self.card.fingerprint}: they do not mix; build the gallery anew with this model"
+                f"{self.card.fingerprint}: they do not mix; build the gallery anew with this model",
             )
         full = self.card.network.dimensions
         if (manifest.offset, manifest.dimensions, manifest.precision) != (0, full, "float32"):
             raise FailedPreconditionError(
+                Reason.GALLERY_BROKEN,
                 f"gallery {self.name!r} holds {manifest.slice_text}, not z[0:{full}] float32, from which every slice "
-                "can be cut: build it with `matvae gallery build`"
+                "can be cut: build it with `matvae gallery build`",
             )
 
 

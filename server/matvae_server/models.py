@@ -22,7 +22,7 @@ from matvae_server.batcher import Batcher, EncoderLostError
 from matvae_server.bundle import Bundle, BundleError
 from matvae_server.config import ServerConfig
 from matvae_server.decoder import Decoder
-from matvae_server.errors import FailedPreconditionError, NotFoundError, ServiceError
+from matvae_server.errors import FailedPreconditionError, NotFoundError, Reason, ServiceError
 from matvae_server.runtimes import Encoder
 
 QUEUE_SECONDS = 0.025
@@ -95,6 +95,10 @@ class Models:
         errors = [model.admission.refusal() for model in (*self._by_name.values(), *self._retiring.values())]
         return errors[0] if all(errors) else None
 
+    def bound(self, name: str) -> int:
+        """How many images the queue of that model holds; of one that is not there, the default's."""
+        return self._by_name.get(name, self.default).admission.bound
+
     def live(self) -> list[Model]:
         """Every model that answers, those about to retire last; one for each name and fingerprint."""
         models: dict[tuple[str, str], Model] = {}
@@ -109,7 +113,7 @@ class Models:
         """
         model = self._by_name.get(name) if name else self.default
         if model is None:
-            raise NotFoundError(f"no model {name!r} here; live: {', '.join(self._by_name)}")
+            raise NotFoundError(Reason.MODEL_NOT_FOUND, f"no model {name!r} here; live: {', '.join(self._by_name)}")
         if expected_fingerprint in ("", model.fingerprint):
             return model
         retiring = self._retiring.get((model.bundle.card.name, expected_fingerprint))
@@ -117,8 +121,9 @@ class Models:
             return retiring
         live = [other.fingerprint for other in self.live() if other.bundle.card.name == model.bundle.card.name]
         raise FailedPreconditionError(
+            Reason.FINGERPRINT_MISMATCH,
             f"model {model.bundle.card.name!r} has fingerprint {' and, for a while, '.join(live)}, not the expected "
-            f"{expected_fingerprint}: codes of the two do not mix; fetch the model again and recompute what you store"
+            f"{expected_fingerprint}: codes of the two do not mix; fetch the model again and recompute what you store",
         )
 
     async def prepare(self) -> dict[str, Model]:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health
 
 from matvae_server.calls import Observer, refuse
 from matvae_server.config import Security
 from matvae_server.errors import UnauthenticatedError
+from matvae_server.transport import REFLECTION
 
-OPEN_SERVICES = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
+OPEN_SERVICES = (health.SERVICE_NAME, *REFLECTION)
 """What a caller without a token may still ask: whether the server lives, and what it speaks."""
 
 _OPEN_PATHS = tuple(f"/{name}/" for name in OPEN_SERVICES)

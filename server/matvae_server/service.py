@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
-from matvae_server import decoder
+from matvae_server import decoder, stream
 from matvae_server import images as imaging
 from matvae_server.batcher import Encoded
 from matvae_server.call import Call
@@ -21,9 +21,9 @@ from matvae_server.card import HEAD_KINDS
 from matvae_server.decoding import DecodePool
 from matvae_server.errors import (
     FailedPreconditionError,
-    InternalError,
     InvalidArgumentError,
     NotFoundError,
+    Reason,
     ServiceError,
 )
 from matvae_server.galleries import Gallery
@@ -32,9 +32,6 @@ from matvae_server.models import Model, Models
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Float32: TypeAlias = npt.NDArray[np.float32]
-
-STREAM_IN_FLIGHT = 16
-"""How many requests of one stream are worked on at a time."""
 
 log = logging.getLogger("matvae.server")
 
@@ -125,52 +122,11 @@ class EmbeddingCore:
             compute_precision=model.encoder.compute_precision,
         )
 
-    async def embed_stream(
+    def embed_stream(
         self, requests: AsyncIterable[pb.EmbedStreamRequest], call: Call
     ) -> AsyncIterator[pb.EmbedStreamResponse]:
-        """The reply to each request of a stream as it is done; at most STREAM_IN_FLIGHT are read before that."""
-        done: asyncio.Queue[pb.EmbedStreamResponse | None] = asyncio.Queue()
-        slots = asyncio.Semaphore(STREAM_IN_FLIGHT)
-
-        async def answer(message: pb.EmbedStreamRequest) -> None:
-            try:
-                with call.part() as part:
-                    response = await self.embed(message.request, part)
-                reply = pb.EmbedStreamResponse(id=message.id, response=response)
-            except ServiceError as error:
-                reply = pb.EmbedStreamResponse(id=message.id, error=error.to_proto())
-            except Exception:
-                log.exception(
-                    "a message of a stream failed, request id %s",
-                    call.request_id,
-                    extra={"request_id": call.request_id},
-                )
-                reply = pb.EmbedStreamResponse(id=message.id, error=InternalError.of(call.request_id).to_proto())
-            done.put_nowait(reply)
-
-        async def read() -> None:
-            answers: set[asyncio.Task[None]] = set()
-            try:
-                async for message in requests:
-                    await slots.acquire()
-                    task = asyncio.create_task(answer(message))
-                    answers.add(task)
-                    task.add_done_callback(answers.discard)
-                if answers:
-                    await asyncio.wait(answers)
-            finally:
-                for task in answers:  # the call is over before they are
-                    task.cancel()
-                done.put_nowait(None)
-
-        reader = asyncio.create_task(read())
-        try:
-            while (reply := await done.get()) is not None:
-                yield reply
-                slots.release()  # only now: what a slow reader has not taken counts
-            await reader
-        finally:
-            reader.cancel()
+        """The reply to each request of a stream as it is done. See `stream.answers`."""
+        return stream.answers(requests, call, self.embed, self._models.bound)
 
     def get_head(self, request: pb.GetHeadRequest) -> pb.GetHeadResponse:
         """The head of a trained prefix. Raises NotFoundError that names the nearest prefix that has one."""
@@ -183,10 +139,12 @@ class EmbeddingCore:
         trained = [dimensions for name, dimensions in card.heads if name == kind]
         if request.dimensions not in trained:
             if not trained:
-                raise NotFoundError(f"model {card.name!r} has no {kind} heads")
+                raise NotFoundError(Reason.HEAD_NOT_FOUND, f"model {card.name!r} has no {kind} heads")
             nearest = min(trained, key=lambda dimensions: (abs(dimensions - request.dimensions), dimensions))
             raise NotFoundError(
-                f"no {kind} head for {request.dimensions} dimensions; the nearest is for {nearest}, there are {trained}"
+                Reason.HEAD_NOT_FOUND,
+                f"no {kind} head for {request.dimensions} dimensions; the nearest is for {nearest}, "
+                f"there are {trained}",
             )
         head = model.bundle.head(kind, request.dimensions)
         return pb.GetHeadResponse(
@@ -240,12 +198,13 @@ class EmbeddingCore:
         gallery = self.galleries.get(request.gallery)
         if gallery is None:
             there = ", ".join(self.galleries) or "none: the server has no --gallery"
-            raise NotFoundError(f"no gallery {request.gallery!r} here; there are: {there}")
+            raise NotFoundError(Reason.GALLERY_NOT_FOUND, f"no gallery {request.gallery!r} here; there are: {there}")
         live = gallery.card.fingerprint
         if request.expected_fingerprint not in ("", live):
             raise FailedPreconditionError(
+                Reason.FINGERPRINT_MISMATCH,
                 f"gallery {gallery.name!r} has fingerprint {live}, not the expected {request.expected_fingerprint}: "
-                "codes of the two do not mix; pull it anew, into another place"
+                "codes of the two do not mix; pull it anew, into another place",
             )
         offset, stop, precision = _wanted_slice(request, gallery.card.network.dimensions)
         call.model, call.dimensions, call.precision = gallery.card.name, stop - offset, precision

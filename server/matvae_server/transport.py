@@ -9,12 +9,15 @@ import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server.calls import GrpcAdapter, Malformed
 
 SERVICE = pb.DESCRIPTOR.services_by_name["EmbeddingService"]
+
+REFLECTION = ("grpc.reflection.v1.ServerReflection", reflection.SERVICE_NAME)
+"""Two names of one service, whose messages are the same. Tools ask for the newer first; grpcio has the older alone."""
 
 # By (client streams, server streams).
 _KINDS = {
@@ -29,8 +32,17 @@ def add_to_server(adapter: GrpcAdapter, health_servicer: health.aio.HealthServic
     generic = _Generic(server)
     generic.add_generic_rpc_handlers((_Service(adapter),))
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, generic)
-    names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), generic)
+    names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)  # whose descriptors are here
+    servicer = reflection.aio.ReflectionServicer(names)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, generic)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    generic.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(REFLECTION[0], {"ServerReflectionInfo": handler}),)
+    )
 
 
 class _Service(grpc.GenericRpcHandler):

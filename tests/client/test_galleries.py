@@ -574,6 +574,14 @@ def test_what_cannot_be_pulled_is_said(
         puller.pull("shirts", dimensions=8, into=tmp_path / "mine")
 
 
+def test_a_broken_gallery_is_the_servers_fault(folder: Path, start_server, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
+    with start_server("--gallery", f"broken={broken}") as server, EmbeddingClient(server.address) as client:
+        next(broken.glob("*.codes")).write_bytes(b"")
+        with pytest.raises(ServerError, match="gallery 'broken' cannot be read now"):
+            client.pull("broken")
+
+
 def test_the_example_reranks_with_the_tail(
     keeper: ServerProcess,
     images: LabelledImages,

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from PIL import Image
 
@@ -57,6 +56,13 @@ def violated_fields(error: grpc.RpcError) -> list[str]:
     return [violation.field for violation in bad_request.field_violations]
 
 
+def reason(error: grpc.RpcError) -> str:
+    info = error_details_pb2.ErrorInfo()
+    assert rpc_status.from_call(error).details[-1].Unpack(info)
+    assert info.domain == "matvae"
+    return info.reason
+
+
 @pytest.fixture(scope="module")
 def model(stub: Stub) -> pb.GetModelResponse:
     return stub.GetModel(pb.GetModelRequest(), timeout=TIMEOUT)
@@ -71,11 +77,12 @@ def test_health_overall_and_per_service(channel: grpc.Channel) -> None:
     assert error.code() == grpc.StatusCode.NOT_FOUND
 
 
-def test_reflection_lists_the_services(channel: grpc.Channel) -> None:
-    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-    requests = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-    reply = next(iter(stub.ServerReflectionInfo(requests, timeout=TIMEOUT)))
-    names = {service.name for service in reply.list_services_response.service}
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_lists_the_services_and_has_the_file_of_each(channel: grpc.Channel, reflect, version: str) -> None:
+    names = {service.name for service in reflect(channel, version, list_services="").list_services_response.service}
+    for name in names:
+        file = reflect(channel, version, file_containing_symbol=name).file_descriptor_response
+        assert file.file_descriptor_proto, name
     assert names == {"matvae.v1.EmbeddingService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
 
 
@@ -179,7 +186,7 @@ GOOD = np.zeros((1, 28, 28, 1), np.uint8)
 def test_bad_requests_name_the_field(stub: Stub, request_: pb.EmbedRequest, field: str) -> None:
     error = failure(stub.Embed, request_)
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert violated_fields(error) == [field]
+    assert (violated_fields(error), reason(error)) == ([field], "BAD_FIELD")
     assert error.details().startswith(f"{field}: ")
     assert stub.Embed(pb.EmbedRequest(raw=raw(GOOD)), timeout=TIMEOUT).codes.count == 1
 
@@ -188,7 +195,7 @@ def test_bad_requests_name_the_field(stub: Stub, request_: pb.EmbedRequest, fiel
 def test_an_unknown_model_lists_the_live_ones(stub: Stub, model: pb.GetModelResponse, call: str) -> None:
     request = {"GetModel": pb.GetModelRequest, "Embed": pb.EmbedRequest, "GetHead": pb.GetHeadRequest}[call]
     error = failure(getattr(stub, call), request(model="nobody"))
-    assert error.code() == grpc.StatusCode.NOT_FOUND
+    assert (error.code(), reason(error)) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
     assert model.card.name in error.details()
 
 
@@ -199,7 +206,7 @@ def test_another_expected_fingerprint_fails_naming_both(stub: Stub, model: pb.Ge
         (stub.GetHead, pb.GetHeadRequest(dimensions=32, expected_fingerprint=expected)),
     ):
         error = failure(call, request)
-        assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert (error.code(), reason(error)) == (grpc.StatusCode.FAILED_PRECONDITION, "FINGERPRINT_MISMATCH")
         assert expected in error.details()
         assert model.card.fingerprint in error.details()
     live = pb.EmbedRequest(raw=raw(GOOD), expected_fingerprint=model.card.fingerprint)
@@ -223,6 +230,7 @@ def test_a_head_for_an_untrained_prefix_names_the_nearest(stub: Stub, dimensions
     error = failure(stub.GetHead, pb.GetHeadRequest(dimensions=dimensions))
     assert error.code() == grpc.StatusCode.NOT_FOUND
     assert f"the nearest is for {nearest}," in error.details()
+    assert reason(error) == "HEAD_NOT_FOUND"
 
 
 def test_a_message_over_the_limit_is_refused_and_the_connection_lives(stub: Stub, model: pb.GetModelResponse) -> None:

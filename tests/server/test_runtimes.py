@@ -56,6 +56,9 @@ def test_golden_vectors(encoders: dict[str, runtimes.Encoder], bundle: bundles.B
     vectors = codec.unpack(rows["float32"], bundle.card.network.dimensions, "float32", None)
     for encoder in encoders.values():
         assert np.abs(encoder.encode(pixels) - vectors).max() < AGREEMENT
+    ranges = {name: np.frombuffer(base64.b64decode(data), "<f4") for name, data in golden["quantiser"].items()}
+    for name in codec.QUANTISER_FIELDS:
+        assert np.array_equal(ranges[name], getattr(bundle.card.quantiser, name)), name
     assert rows.keys() == codec.PRECISIONS.keys()
     for precision, expected in rows.items():
         assert np.array_equal(codec.pack(vectors, precision, bundle.card.quantiser), expected)

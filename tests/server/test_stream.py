@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import queue
 import subprocess
@@ -22,7 +23,8 @@ from matvae_server.config import ServerConfig
 from matvae_server.decoding import DecodePool
 from matvae_server.images import Limits
 from matvae_server.models import Models
-from matvae_server.service import STREAM_IN_FLIGHT, EmbeddingCore
+from matvae_server.service import EmbeddingCore
+from matvae_server.stream import IN_FLIGHT
 
 Stub = pb_grpc.EmbeddingServiceStub
 TIMEOUT = 60
@@ -116,21 +118,36 @@ def test_overload_inside_a_stream_says_when_to_come_back_and_replies_need_no_ord
         replies = stub.EmbedStream(iter(sent.get, None), timeout=TIMEOUT)
         sent.put(message(1, IMAGES[:1]))
         assert at_the_gate() == "at the gate\n"
-        waiting = 1
-        while waiting + 256 <= bound:  # fill the queue
-            sent.put(message(2, IMAGES[:256], dimensions=2))
-            waiting += 256
-        sent.put(message(3, IMAGES[:256], dimensions=2))
+        sizes = itertools.chain([bound - 257, 256], itertools.repeat(1))
+        others: list[grpc.Future[pb.EmbedResponse]] = []
+        while not any(map(_is_done, others[-10:])):  # whoever is refused finds the queue full of the rest
+            others.append(stub.Embed.future(message(2, IMAGES[: next(sizes)]).request, timeout=TIMEOUT))
+        sent.put(message(3, IMAGES[:2], dimensions=2))
         refused = next(replies)
         assert (refused.id, refused.error.code) == (3, grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
         assert refused.error.retry_after_ms > 0
         assert "queue is full" in refused.error.message
+        assert refused.error.reason == "QUEUE_FULL"
         sent.put(message(4, IMAGES[:1], dimensions=0))
         assert next(replies).id == 4  # which overtakes those that are encoded
         with gate.open("w"):
             first = next(replies)
         assert (first.id, first.response.codes.count) == (1, 1)
         replies.cancel()
+
+
+def test_a_stream_is_read_no_faster_than_it_is_answered_and_leaves_room(tmp_path: Path) -> None:
+    with gated(tmp_path) as (stub, at_the_gate, gate, _):
+        bound = stub.GetModel(pb.GetModelRequest(), timeout=TIMEOUT).limits.max_queue_images
+        count = 3 * bound // 64
+        replies = stub.EmbedStream((message(n, IMAGES[:64], dimensions=2) for n in range(count)), timeout=TIMEOUT)
+        assert at_the_gate() == "at the gate\n"
+        other = stub.Embed.future(message(0, IMAGES[: bound // 2]).request, timeout=TIMEOUT)
+        opened = os.open(gate, os.O_RDWR)  # for whoever comes from now on
+        got = {reply.id: reply.response.codes.count for reply in replies}
+        assert got == dict.fromkeys(range(count), 64)
+        assert other.result().codes.count == bound // 2
+        os.close(opened)
 
 
 def test_a_caller_that_cancels_leaves_the_server_and_others_unharmed(tmp_path: Path) -> None:
@@ -154,6 +171,8 @@ def _is_done(call: grpc.Future[pb.EmbedResponse]) -> bool:
         call.result(timeout=0.01)
     except grpc.FutureTimeoutError:
         return False
+    except grpc.RpcError:
+        return True
     return True
 
 
@@ -177,13 +196,13 @@ def test_no_more_is_read_ahead_of_a_slow_reader_than_is_worked_on(taken: int) ->
             for _ in range(taken + 1):
                 await anext(replies)
             # It has read what it may and waits: nothing of the stream's is ready to run.
-            while call.parts < STREAM_IN_FLIGHT + taken:
+            while call.parts < IN_FLIGHT + taken:
                 await asyncio.sleep(0.001)
             for _ in range(10):
                 await asyncio.sleep(0)
-            assert read == STREAM_IN_FLIGHT + 1 + taken  # one is in hand, for the next that is taken
+            assert read == IN_FLIGHT + 1 + taken  # one is in hand, for the next that is taken
             await replies.aclose()
-            assert call.parts == STREAM_IN_FLIGHT + taken  # that one was not begun, so it is not counted
+            assert call.parts == IN_FLIGHT + taken  # that one was not begun, so it is not counted
         await models.close()
 
     asyncio.run(run())

@@ -104,7 +104,9 @@ class EmbeddingServiceServicer(object):
 
     def EmbedStream(self, request_iterator, context):
         """Embeds many requests over one call. Each is answered as `Embed` would answer it, with its id, as soon as it is done,
-        so in any order; one that fails is answered with an error, and the others go on.
+        so in any order; one that fails is answered with an error, and the others go on. But a message over
+        `Limits.max_message_bytes`, or bytes that are no message, end the call. A caller that sends faster than the server
+        encodes is read more slowly.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

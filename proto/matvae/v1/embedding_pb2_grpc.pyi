@@ -45,7 +45,9 @@ class EmbeddingServiceStub:
     """Embeds a batch of images and returns their codes at the prefix and precision asked for."""
     EmbedStream: _grpc.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]
     """Embeds many requests over one call. Each is answered as `Embed` would answer it, with its id, as soon as it is done,
-    so in any order; one that fails is answered with an error, and the others go on.
+    so in any order; one that fails is answered with an error, and the others go on. But a message over
+    `Limits.max_message_bytes`, or bytes that are no message, end the call. A caller that sends faster than the server
+    encodes is read more slowly.
     """
     GetHead: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.GetHeadRequest, _embedding_pb2.GetHeadResponse]
     """Returns the small classifier of one trained prefix, to be run by the client."""
@@ -72,7 +74,9 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     """Embeds a batch of images and returns their codes at the prefix and precision asked for."""
     EmbedStream: _aio.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]  # type: ignore[assignment]
     """Embeds many requests over one call. Each is answered as `Embed` would answer it, with its id, as soon as it is done,
-    so in any order; one that fails is answered with an error, and the others go on.
+    so in any order; one that fails is answered with an error, and the others go on. But a message over
+    `Limits.max_message_bytes`, or bytes that are no message, end the call. A caller that sends faster than the server
+    encodes is read more slowly.
     """
     GetHead: _aio.UnaryUnaryMultiCallable[_embedding_pb2.GetHeadRequest, _embedding_pb2.GetHeadResponse]  # type: ignore[assignment]
     """Returns the small classifier of one trained prefix, to be run by the client."""
@@ -120,7 +124,9 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_embedding_pb2.EmbedStreamResponse], _abc.AsyncIterator[_embedding_pb2.EmbedStreamResponse]]:
         """Embeds many requests over one call. Each is answered as `Embed` would answer it, with its id, as soon as it is done,
-        so in any order; one that fails is answered with an error, and the others go on.
+        so in any order; one that fails is answered with an error, and the others go on. But a message over
+        `Limits.max_message_bytes`, or bytes that are no message, end the call. A caller that sends faster than the server
+        encodes is read more slowly.
         """
 
     @_abc_1.abstractmethod
