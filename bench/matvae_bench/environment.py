@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
 import platform
 import shlex
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matvae.processor import processor
+from matvae_bench.machine import cores
 
 _PACKAGES = ("matvae", "numpy", "faiss-cpu", "grpcio", "protobuf", "onnxruntime", "torch", "locust", "usearch")
 
@@ -26,7 +26,7 @@ def describe() -> dict[str, Any]:
         "command": shlex.join(["matvae-bench", *(Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:])]),
         "processor": processor(),
         **({"gpus": gpus} if (gpus := _gpus()) else {}),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},

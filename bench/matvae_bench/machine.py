@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import TypeVar
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def core_pair() -> tuple[int, int] | None:
     """A core for the server and another one for the loader; None where there are no two, or none can be chosen."""
     if not hasattr(os, "sched_setaffinity"):

@@ -11,10 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matvae_bench import kinds
+from matvae_bench import kinds, machine
 from matvae_bench.arguments import duration, whole_number
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.output import print_table, save, spread
+
+PROCESSES_PER_CORE = 8
+"""Of the users of `run`, at most: each is a whole interpreter, and a mistyped number would take the machine down."""
 
 
 def add_commands(
@@ -78,6 +81,11 @@ def _run(options: argparse.Namespace) -> None:
         load.work(options.master_host, options.master_port)
         return
     kinds.chosen(options.share, options.format)
+    if (options.processes or 0) > (most := PROCESSES_PER_CORE * machine.cores()):
+        raise BenchmarkError(
+            f"--processes {options.processes} are too many for this machine's cores, which {most} keep busy by far: "
+            "more would wait for each other, not for the server"
+        )
     if options.web:
         _hand_over(options)
     _measure(options)

@@ -133,6 +133,11 @@ def test_nobody_has_a_share(capsys) -> None:
     assert "no kind of user has a share" in capsys.readouterr().err
 
 
+def test_a_mistyped_number_of_processes_does_not_take_the_machine_down(capsys) -> None:
+    assert cli.main(["run", "--processes", "100000"]) == 1
+    assert "--processes 100000 are too many for this machine's cores" in capsys.readouterr().err
+
+
 def test_types_say_what_is_wrong_where_argparse_reads_them() -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         kinds.form("=png")
