@@ -5,9 +5,12 @@ Both read the same bundle, carry the same fingerprint and agree within 1e-4 in f
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import itertools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -120,8 +123,19 @@ def _installed(package: str) -> bool:
 
 
 def _cuda() -> bool:
-    if not _installed("torch"):
+    if not _installed("torch") or not _driver():
         return False
     import torch
 
     return torch.cuda.is_available()
+
+
+def _driver() -> bool:
+    """Whether torch could find a GPU: to import it, only to hear that there is none, takes seconds and 400 MB."""
+    if sys.platform != "linux" or Path("/dev/kfd").exists():  # which is AMD's
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")  # as torch itself loads it; that starts nothing
+    except OSError:
+        return False
+    return True

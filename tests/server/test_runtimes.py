@@ -2,6 +2,8 @@
 
 import base64
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,23 @@ def test_auto_prefers_onnxruntime_without_cuda(bundle: bundles.Bundle, monkeypat
     assert runtimes.choose("auto", bundle, threads=1).name == "onnxruntime"
     monkeypatch.setattr(runtimes, "_installed", lambda name: name == "torch")
     assert runtimes.choose("auto", bundle, threads=1).name == "torch-cpu"
+
+
+@pytest.mark.parametrize("driver", [False, True])
+def test_torch_is_asked_for_a_gpu_only_where_there_is_a_driver(monkeypatch: pytest.MonkeyPatch, driver: bool) -> None:
+    asked = []
+
+    def load(name: str) -> None:
+        if not driver:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    torch = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: asked.append(1) or True))
+    monkeypatch.setattr(runtimes, "_installed", lambda name: True)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    monkeypatch.setattr(runtimes.ctypes, "CDLL", load)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert runtimes._cuda() == bool(asked) == driver
 
 
 def test_a_runtime_that_is_not_installed_names_its_extra(
