@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torchvision import datasets
 
 from matvae_server.card import Card
 from matvae_training import packed
 from matvae_training.config import CLASSES, FOLDER, DataError
 from matvae_training.folder import read_folder, summary
 
-READERS: dict[str, type[datasets.MNIST | datasets.CIFAR10]] = {
-    "fashion-mnist": datasets.FashionMNIST,
-    "mnist": datasets.MNIST,
-    "cifar10": datasets.CIFAR10,
-}
+if TYPE_CHECKING:
+    from torchvision import datasets
+
+if importlib.util.find_spec("torchvision") is None:  # which takes as long to import as torch: `_reader` does
+    raise ModuleNotFoundError("torchvision is not installed", name="torchvision")
+
 DEFAULT_SHAPE = (32, 32, 3)
 """(height, width, channels) of the images of a folder where nothing is said."""
 
@@ -75,7 +77,7 @@ def load(name: str, root: Path, shape: tuple[int, int, int] | None = None) -> Da
     if name == "cifar10" and archive.is_file():
         return _cifar10(archive)
     classes = CLASSES[name]
-    train, test = (_read(READERS[name], root, len(classes), train=train) for train in (True, False))
+    train, test = (_read(_reader(name), root, len(classes), train=train) for train in (True, False))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(f"{name} in {root}: train and test images differ in shape")
     return _dataset(name, classes, train, test)
@@ -173,6 +175,17 @@ def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
         Split(images=split.images[rest], labels=split.labels[rest]),
         Split(images=split.images[held], labels=split.labels[held]),
     )
+
+
+def _reader(name: str) -> type[datasets.MNIST | datasets.CIFAR10]:
+    from torchvision import datasets
+
+    readers: dict[str, type[datasets.MNIST | datasets.CIFAR10]] = {
+        "fashion-mnist": datasets.FashionMNIST,
+        "mnist": datasets.MNIST,
+        "cifar10": datasets.CIFAR10,
+    }
+    return readers[name]
 
 
 def _read(source: type[datasets.MNIST | datasets.CIFAR10], root: Path, classes: int, *, train: bool) -> Split:
