@@ -16,6 +16,8 @@ from matvae_training import cli, data
 from matvae_training.config import CLASSES, DataError
 from matvae_training.folder import read_folder
 
+pytestmark = pytest.mark.usefixtures("heads_of_few_steps")
+
 SHAPE = (16, 16, 3)
 
 

@@ -21,6 +21,8 @@ from matvae_training.data import Dataset, Split
 from matvae_training.export import ExportError
 from matvae_training.fit import train
 
+pytestmark = pytest.mark.usefixtures("heads_of_few_steps")
+
 TIMEOUT = 30
 
 

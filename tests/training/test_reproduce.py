@@ -23,6 +23,8 @@ from matvae_training.reproduce import bundle_figures, page, plots, protocol, rec
 from matvae_training.reproduce.network import ReportVae, StackedDecoders, network
 from matvae_training.reproduce.tables import TABLES, VARIANTS
 
+pytestmark = pytest.mark.usefixtures("heads_of_few_steps")
+
 PREFIXES = (2, 4, 8)
 
 

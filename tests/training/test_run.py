@@ -21,6 +21,8 @@ from matvae_training.config import OBJECTIVES, FitConfig, FitError
 from matvae_training.fit import fit, nested
 from matvae_training.run import Run
 
+pytestmark = pytest.mark.usefixtures("heads_of_few_steps")
+
 SMALL = NetworkConfig(
     height=8, width=8, conv_channels=(4, 4), hidden=16, decoder_hidden=16, dimensions=8, prefixes=(2, 4, 8)
 )

@@ -13,6 +13,8 @@ from matvae_server import bundle
 from matvae_training import cli
 from matvae_training.arguments import config, network, parser
 
+pytestmark = pytest.mark.usefixtures("heads_of_few_steps")
+
 BUNDLES = {
     "fashion-mnist": "server/matvae_server/bundles/fashion-mnist",
     "mnist": "bundles/mnist",
