@@ -184,6 +184,7 @@ def test_a_change_beside_what_was_before_it(monkeypatch, briefly, repository: Pa
             super().__init__(*arguments, **named)
             servers.append(self)
 
+    monkeypatch.setattr(changes, "OFFERED", 6000)  # enough to be served: an overload takes seconds to end
     monkeypatch.setattr(changes, "_ROOT", tmp_path)
     monkeypatch.setattr(changes, "ServerProcess", Noted)
     monkeypatch.chdir(repository / "server")  # today's code lies here

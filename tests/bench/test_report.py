@@ -77,8 +77,8 @@ def test_every_picture_shows_something(run: Path) -> None:
     for name in PICTURES:
         pixels = np.asarray(Image.open(folder / f"{name}.png").convert("RGB"))
         assert min(pixels.shape[:2]) > 200
-        colours = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-        assert len(colours[0]) > 50, "lines and legends, not an empty frame"
+        colours = np.unique(pixels @ np.array([1 << 16, 1 << 8, 1]))  # as one number each: sorting rows takes seconds
+        assert len(colours) > 50, "lines and legends, not an empty frame"
         svg = ET.parse(folder / f"{name}.svg")
         words = {element.text for element in svg.iter() if element.text}
         assert words & {"dimensions", "bytes per vector", "ms, mean"}, name
