@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
+
+_MOST_PORT = 65535
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -20,6 +23,21 @@ def whole_number(least: int) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 is any free one."""
+    value = whole_number(0)(text)
+    if value > _MOST_PORT:
+        raise argparse.ArgumentTypeError(f"must be a port, at most {_MOST_PORT}, not {text!r}")
+    return value
+
+
+def picture(text: str) -> Path:
+    """A file for a plot."""
+    if not text.lower().endswith((".png", ".svg")):
+        raise argparse.ArgumentTypeError(f"must be a .png or .svg file, not {text!r}")
+    return Path(text)
 
 
 def whole_numbers(least: int) -> Callable[[str], tuple[int, ...]]:

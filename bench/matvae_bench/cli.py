@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matvae_bench import classification, load_commands, report_commands, run_command
-from matvae_bench.arguments import whole_number
+from matvae_bench.arguments import picture, whole_number
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.images import DATASETS
 from matvae_bench.output import print_table, save
@@ -204,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data(accuracy)
     accuracy.add_argument("--baselines", action="store_true", help="add PCA of the pixels and product quantisation")
     accuracy.add_argument("--out", type=Path, help="JSON file for the results")
-    accuracy.add_argument("--plot", type=Path, help="PNG or SVG file for the curve")
+    accuracy.add_argument("--plot", type=picture, help="PNG or SVG file for the curve")
 
     classification.add_commands(add, add_server, add_data)
     search = add("retrieval", _retrieval, "ways to search compared on one gallery, through a running server")
@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--only", action="append", metavar="METHOD", help="this one alone; may be given several times")
     search.add_argument("--note", default="", help="a word about the machine, kept with the results")
     search.add_argument("--out", type=Path, help="JSON file for the results")
-    search.add_argument("--plot", type=Path, help="PNG or SVG file for recall against speed")
+    search.add_argument("--plot", type=picture, help="PNG or SVG file for recall against speed")
 
     load_commands.add_commands(add)
     report_commands.add_command(add)

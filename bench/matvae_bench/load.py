@@ -20,6 +20,7 @@ from typing import Any
 import gevent
 from gevent.event import Event
 from locust.env import Environment
+from locust.exception import RPCError
 
 from matvae_bench import kinds, load_users
 from matvae_bench.errors import BenchmarkError
@@ -67,22 +68,34 @@ def run(settings: Settings) -> tuple[list[dict[str, Any]], list[str]]:
         user_classes=load_users.sharing(chosen), host=settings.target, parsed_options=options, stop_timeout=0.0
     )
     workers = settings.processes or settings.expect_workers
-    runner: Any = environment.create_master_runner(*settings.bind) if workers else environment.create_local_runner()
+    try:
+        runner: Any = environment.create_master_runner(*settings.bind) if workers else environment.create_local_runner()
+    except RPCError:
+        host, port = settings.bind
+        raise BenchmarkError(
+            f"no master can listen on {host}:{port}: is the port in use, or the host not here?"
+        ) from None
     watch = Watch(environment)
     runs, complaints = [], []
     reference = watch.ask()
     with _interruptible() as interrupted, contextlib.ExitStack() as stack:
         children: list[SpawnedProcess] = []
+        began = Event()
+        stack.enter_context(_ending(children, began))
+        stack.callback(runner.quit)  # tells the workers to end, before they are waited for
         if workers:
             host, port = settings.bind[0], runner.server.port
             warn(f"master on {host}:{port} waits for {workers} workers")
-            children += [stack.enter_context(_worker(host, port)) for _ in range(settings.processes)]
-        stack.callback(runner.quit)  # tells the workers to end, before they are waited for
+            for _ in range(settings.processes):
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+                children.append(_worker(host, port))
         for number in range(settings.repeats):
             if number:
                 reference = watch.ask()
             if workers:
                 _wait_for_workers(runner, workers, children, interrupted)
+                began.set()
             results = _once(runner, watch, settings, interrupted)
             complaints += results.pop("complaints")
             runs.append(_told(settings, reference, results))
@@ -127,18 +140,25 @@ def _interruptible() -> Iterator[Event]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _worker(host: str, port: int) -> Iterator[SpawnedProcess]:
-    """A worker process of our own; ends with its master, and is killed where it does not."""
+def _worker(host: str, port: int) -> SpawnedProcess:
+    """A worker process of our own."""
     address = ["--master-host", "127.0.0.1" if host == "*" else host, "--master-port", str(port)]
     # Ctrl-C in a terminal reaches the master alone, which then stops all.
-    process = SpawnedProcess([sys.executable, "-m", "matvae_bench", "run", "--worker", *address])
+    return SpawnedProcess([sys.executable, "-m", "matvae_bench", "run", "--worker", *address])
+
+
+@contextlib.contextmanager
+def _ending(children: Sequence[SpawnedProcess], began: Event) -> Iterator[None]:
+    """Workers end with their master, and are killed where they do not, or where no load `began` that it could end."""
     try:
-        yield process
+        yield
     finally:
-        process.wait(_GOODBYE_SECONDS)
-        process.kill()
-        process.wait()
+        deadline = time.monotonic() + (_GOODBYE_SECONDS if began.is_set() else 0.0)
+        for child in children:
+            child.wait(max(0.0, deadline - time.monotonic()))
+            child.kill()
+        for child in children:
+            child.wait()
 
 
 def _wait_for_workers(runner: Any, count: int, children: Sequence[SpawnedProcess], interrupted: Event) -> None:

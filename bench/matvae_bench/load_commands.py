@@ -13,9 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from matvae_bench.arguments import duration, positive, whole_number
+from matvae.v1 import codec
+from matvae_bench import kinds
+from matvae_bench.arguments import duration, picture, positive, whole_number
 from matvae_bench.errors import BenchmarkError
-from matvae_bench.output import print_markdown, print_table, save
+from matvae_bench.output import check_writable, print_markdown, print_table, save
 
 
 def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
@@ -28,13 +30,19 @@ def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> Non
     overload.add_argument(
         "--load", type=positive, action="append", metavar="SHARE", help="of the saturating one; repeatable"
     )
+    overload.add_argument(
+        "--rate", type=positive, action="append", metavar="IMAGES/S", help="offer this rate instead; repeatable"
+    )
+    overload.add_argument("--format", choices=kinds.FORMS, default="raw", help="of the images (default raw)")
+    overload.add_argument("--dimensions", type=whole_number(1), metavar="M", help="asked for (default: all)")
+    overload.add_argument("--precision", choices=tuple(codec.PRECISIONS), default="float32", help="(default float32)")
     overload.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson", help="(default poisson)")
     overload.add_argument("--deadline", type=duration, default=5, help="of a request, in seconds (default 5)")
     overload.add_argument("--connections", type=whole_number(1), default=4, help="(default 4)")
     overload.add_argument(
         "--loader", choices=("wire", "aio"), default="wire", help="prepared HTTP/2 frames, or grpc.aio (default wire)"
     )
-    overload.add_argument("--plot", type=Path, help="PNG or SVG file for goodput and p99 against the load")
+    overload.add_argument("--plot", type=picture, help="PNG or SVG file for goodput and p99 against the load")
     _add_common(overload, serve=True)
 
     throughput = add("throughput", _throughput, "images/s beside the encoder alone and a bare echo server, in one run")
@@ -100,7 +108,7 @@ def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> Non
     thin.add_argument(
         "--longest", type=duration, default=9, metavar="SECONDS", help="leave longer ones to the model (default 9)"
     )
-    thin.add_argument("--plot", type=Path, help="PNG or SVG file for seconds against bytes")
+    thin.add_argument("--plot", type=picture, help="PNG or SVG file for seconds against bytes")
     _add_common(thin, page=True)
 
 
@@ -130,11 +138,19 @@ def _overload(options: argparse.Namespace) -> None:
         seconds=options.seconds,
         repeats=options.repeats,
         loads=tuple(sorted(options.load or overload.LOADS)),
+        rates=tuple(sorted(options.rate or ())),
+        form=options.format,
+        dimensions=options.dimensions,
+        precision=options.precision,
         arrivals=options.arrivals,
         deadline=options.deadline,
         connections=options.connections,
         loader=options.loader,
     )
+    if options.rate and options.load:
+        raise BenchmarkError(
+            "--load is a share of what saturates the server, --rate so many images/s: give one of them"
+        )
     if options.server and options.serve:
         raise BenchmarkError("--serve starts a server, --server names one that runs: give one of them")
     results = _show(
@@ -247,6 +263,8 @@ def _show(options: argparse.Namespace, module: ModuleType, run: Callable[[], dic
             command = module.__name__.rpartition(".")[2].replace("_", "-")
             raise BenchmarkError(f"{options.earlier} holds no results of matvae-bench {command}") from None
     else:
+        for path in (options.out, getattr(options, "plot", None), getattr(options, "page", None)):
+            check_writable(path)
         results = run()
         save(options.out, results)  # first: what took minutes is not lost to a table that fails
         tables = module.tables(results)

@@ -12,12 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matvae_bench.errors import BenchmarkError
+
 Told = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """A table: title, headings, rows."""
 
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout."""
+    """A table on stdout, where there is one."""
+    if sys.stdout is None:
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -69,11 +73,11 @@ def milliseconds(value: float | None) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; a dash where there is no value."""
+    """Mean ± standard deviation; of one value that alone, a dash where there is none."""
     if not values:
         return "-"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):,.{digits}f} ± {deviation:,.{digits}f}"
+    mean = f"{statistics.fmean(values):,.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean
 
 
 def verdict(reached: bool | None) -> str:
@@ -85,6 +89,21 @@ def first_line(text: str, most: int = 100) -> str:
     """The first line, cut where it is longer."""
     line = text.strip().partition("\n")[0]
     return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def check_writable(path: Path | None) -> None:
+    """Before minutes are measured: raise BenchmarkError unless a file can be written there, or `path` is None."""
+    if path is None:
+        return
+    new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise BenchmarkError(f"cannot write {path}: {error.strerror}") from None
 
 
 def save(path: Path | None, results: dict[str, Any], *, about: dict[str, Any] | None = None) -> None:

@@ -23,7 +23,10 @@ GOODPUT_GOAL, LATENCY_GOAL = 0.9, 2.0
 REFERENCE = 0.8
 """The load whose p99 the others are compared with."""
 
-_SEARCH = (0.8, 1.0, 1.2, 1.5)  # of the closed loop's rate
+_SEARCH = (0.8, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Of the closed loop's rate. The last four only while more is answered: few calls do not fill a server of many workers."""
+_ALWAYS = 4
+_MORE = 1.05
 _IN_FLIGHT = 8
 
 HEADINGS = (
@@ -36,13 +39,18 @@ HEADINGS = (
 class Settings:
     """`seconds` is how long a load lasts; `loads` are shares of the saturating one; `deadline` is in seconds.
 
-    All loads are offered in turn, `repeats` times: a slow minute of the machine strikes all alike.
+    With `rates`, in images/s, these are offered instead, and no saturating load is looked for. All loads are offered in
+    turn, `repeats` times: a slow minute of the machine strikes all alike.
     """
 
     images: int = 64
     seconds: float = 8.0
     repeats: int = 3
     loads: tuple[float, ...] = LOADS
+    rates: tuple[float, ...] = ()
+    dimensions: int | None = None
+    precision: str = "float32"
+    form: str = "raw"
     arrivals: Literal["poisson", "constant"] = "poisson"
     deadline: float = 5.0
     connections: int = 4
@@ -56,7 +64,7 @@ def run(settings: Settings, *, target: str | None = None, server_flags: Sequence
     that runs. Raises BenchmarkError where it does not answer.
     """
     with server_of_its_own(target, server_flags) as (address, server, pinned):
-        payload = payloads.raw(settings.images)
+        payload = _payload(settings)
         payloads.checked_call(address, payload)
         offer = Offer(
             target=address,
@@ -64,37 +72,59 @@ def run(settings: Settings, *, target: str | None = None, server_flags: Sequence
             connections=settings.connections,
             loader=settings.loader,
         )
-        closed = closed_loop.run(address, payload, in_flight=_IN_FLIGHT, seconds=max(0.2, settings.seconds / 4))
-        brief = max(0.2, settings.seconds / 2)
-        search = [
-            _point(settings, [_offered(settings, offer, closed["images_per_second"] * share, brief, number)], brief)
-            for number, share in enumerate(_SEARCH)
-        ]
-        saturation = max(point["goodput"] for point in search)
-        if not saturation:
-            raise BenchmarkError(f"{address} answered nothing in time under load: give the run more --seconds")
-        runs: list[list[Outcomes]] = [[] for _ in settings.loads]
-        for repeat, (number, load) in itertools.product(range(settings.repeats), enumerate(settings.loads)):
-            print(f"offering {load:g} x {saturation:,.0f} images/s", file=sys.stderr, flush=True)
-            seed = 100 * (repeat + 1) + number
-            runs[number].append(_offered(settings, offer, load * saturation, settings.seconds, seed))
+        found = {"saturation": None} if settings.rates else _saturation(settings, offer, payload)
+        loads = settings.rates or settings.loads
+        rates = [load * (found["saturation"] or 1.0) for load in loads]
+        runs: list[list[Outcomes]] = [[] for _ in loads]
+        for repeat, (number, rate) in itertools.product(range(settings.repeats), enumerate(rates)):
+            print(f"offering {rate:,.0f} images/s", file=sys.stderr, flush=True)
+            runs[number].append(_offered(settings, offer, rate, settings.seconds, 100 * (repeat + 1) + number))
             if server and server.process.poll() is not None:
-                raise BenchmarkError(f"the server ended at load {load:g}: {server.stop()[1]}")
+                raise BenchmarkError(f"the server ended at {rate:,.0f} images/s: {server.stop()[1]}")
         payloads.checked_call(address, payload)
     return {
         "settings": dataclasses.asdict(settings),
         "server_flags": list(server_flags),
         "pinned": pinned,
-        "closed_loop": closed | {"loader": closed_loop.loader()},
-        "search": search,
-        "saturation": saturation,
+        **found,
         "points": _compared(
             [
                 {"load": load} | _point(settings, of_load, settings.seconds)
-                for load, of_load in zip(settings.loads, runs, strict=True)
+                for load, of_load in zip(loads, runs, strict=True)
             ]
         ),
     }
+
+
+def _saturation(settings: Settings, offer: Offer, payload: payloads.Payload) -> dict[str, Any]:
+    """The load that saturates the server, in images/s, and how it was found."""
+    closed = closed_loop.run(
+        offer.target,
+        payload,
+        in_flight=settings.connections * -(-_IN_FLIGHT // settings.connections),
+        connections=settings.connections,
+        seconds=max(0.2, settings.seconds / 4),
+    )
+    search = _search(settings, offer, closed["images_per_second"])
+    saturation = max(point["goodput"] for point in search)
+    if not saturation:
+        raise BenchmarkError(f"{offer.target} answered nothing in time under load: give the run more --seconds")
+    if len(search) == len(_SEARCH):
+        print(
+            "more than was offered may be what saturates it: the loads are of too little", file=sys.stderr, flush=True
+        )
+    return {"closed_loop": closed | {"loader": closed_loop.loader()}, "search": search, "saturation": saturation}
+
+
+def _search(settings: Settings, offer: Offer, rate: float) -> list[dict[str, Any]]:
+    """Open loops of ever more than `rate`, in images/s, until the server gives no more."""
+    brief = max(0.2, settings.seconds / 2)
+    points: list[dict[str, Any]] = []
+    for number, share in enumerate(_SEARCH):
+        if number >= _ALWAYS and points[-1]["goodput"] < _MORE * max(point["goodput"] for point in points[:-1]):
+            break
+        points.append(_point(settings, [_offered(settings, offer, rate * share, brief, number)], brief))
+    return points
 
 
 @contextlib.contextmanager
@@ -122,11 +152,14 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
     kept_up = all(point["kept_up"] for point in points)
     unanswered = sum(point["unanswered"] for point in points)
     goodput, ratio, at = last["of_peak"], last["p99_ratio"], f"at {last['load']:g} x saturation"
-    return [
+    of_saturation: list[dict[str, Any]] = [
         {"name": f"goodput {at}, of its peak", "value": goodput, "told": _share(last),
          "goal": f"≥ {GOODPUT_GOAL}", "reached": goodput >= GOODPUT_GOAL},
         {"name": f"p99 {at}, of that at {REFERENCE:g}", "value": ratio, "goal": f"≤ {LATENCY_GOAL}",
          "reached": None if ratio is None else ratio <= LATENCY_GOAL},
+    ]  # fmt: skip
+    return [
+        *(of_saturation if results["saturation"] else ()),
         {"name": "requests without an answer", "value": unanswered, "goal": "0", "reached": not unanswered},
         {"name": "the loader kept up at every load", "value": None, "goal": "yes", "reached": kept_up},
     ]  # fmt: skip
@@ -136,10 +169,14 @@ def tables(results: dict[str, Any]) -> list[Told]:
     """The curve and the goals, as titles, headings and rows; `results` may come out of a file."""
     settings = results["settings"]
     repeats = settings.get("repeats", 1)  # earlier files have none
+    form, wanted = settings.get("form", "raw"), settings.get("dimensions")  # earlier files have neither
+    asked = f"{form}, {f'{wanted}-d' if wanted else 'whole'} {settings.get('precision', 'float32')} codes"
+    saturated = f", saturated at {results['saturation']:,.0f} images/s" if results["saturation"] else ""
     title = (
         f"{settings['images']} image(s) a request, {settings['arrivals']} arrivals, "
-        f"{f'{repeats} x ' if repeats > 1 else ''}{settings['seconds']:g} s a load, "
-        f"saturated at {results['saturation']:,.0f} images/s; latencies count from when a request was due"
+        f"{f'{repeats} x ' if repeats > 1 else ''}{settings['seconds']:g} s a load"
+        f"{'' if asked == 'raw, whole float32 codes' else f', {asked}'}{saturated}; "
+        f"latencies count from when a request was due"
     )
     rows = [
         (
@@ -166,8 +203,12 @@ def tables(results: dict[str, Any]) -> list[Told]:
 def _offered(settings: Settings, offer: Offer, rate: float, seconds: float, seed: int) -> Outcomes:
     """What became of the requests of one load, in images/s."""
     due = open_loop.arrivals(rate / settings.images, seconds, kind=settings.arrivals, seed=seed)
-    outcomes, _ = open_loop.run(offer, due, [payloads.raw(settings.images)])
+    outcomes, _ = open_loop.run(offer, due, [_payload(settings)])
     return outcomes
+
+
+def _payload(settings: Settings) -> payloads.Payload:
+    return payloads.of(settings.form, settings.images, settings.dimensions, settings.precision)
 
 
 def _point(settings: Settings, runs: Sequence[Outcomes], seconds: float) -> dict[str, Any]:

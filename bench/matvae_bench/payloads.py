@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
+from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.images import LabelledImages
@@ -37,6 +38,18 @@ def raw(images: int, *, dimensions: int | None = None, precision: pb.Precision =
     request = pb.EmbedRequest(raw=_pixels(_images(images)), dimensions=dimensions, precision=precision)
     name = f"{images} raw, {dimensions or 128}-d {pb.Precision.Name(precision or pb.PRECISION_FLOAT32)[10:].lower()}"
     return Payload(name=name, images=images, data=request.SerializeToString())
+
+
+def of(form: str, images: int, dimensions: int | None, precision: str) -> Payload:
+    """So many images of the sample, raw or as PNG or JPEG files of their own size, for codes of that prefix."""
+    if form == "raw":
+        return raw(images, dimensions=dimensions, precision=codec.PRECISIONS[precision])
+    request = pb.EmbedRequest(
+        encoded=pb.EncodedImages(files=files(_images(images), form)),
+        dimensions=dimensions,
+        precision=codec.PRECISIONS[precision],
+    )
+    return Payload(name=f"{images} {form}", images=images, data=request.SerializeToString())
 
 
 def mixed() -> list[Payload]:

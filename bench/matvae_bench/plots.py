@@ -128,7 +128,8 @@ def load_curve(results: dict[str, Any], path: Path) -> None:
         style = {"marker": "x", "linestyle": "", "color": "black", "label": "the loader lagged"}
         below.plot([p["offered"] for p in lagged], [p["latency_ms"]["p99"] for p in lagged], **style)
     for axes in (above, below):
-        axes.axvline(saturation, color="#999999", linewidth=1)
+        if saturation:
+            axes.axvline(saturation, color="#999999", linewidth=1)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     settings = results["settings"]

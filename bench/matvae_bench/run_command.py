@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from matvae_bench import kinds, machine
-from matvae_bench.arguments import duration, whole_number
+from matvae_bench.arguments import duration, port, whole_number
 from matvae_bench.errors import BenchmarkError
-from matvae_bench.output import print_table, save, spread
+from matvae_bench.output import check_writable, print_table, save, spread
 
 PROCESSES_PER_CORE = 8
 """Of the users of `run`, at most: each is a whole interpreter, and a mistyped number would take the machine down."""
@@ -56,11 +56,11 @@ def add_commands(
     where.add_argument("--worker", action="store_true", help="be one of them: the master says what to do")
     run.add_argument("--master-host", default="127.0.0.1", metavar="HOST", help="of a worker's master, or to bind to")
     run.add_argument(
-        "--master-port", type=whole_number(0), default=5557, metavar="PORT", help="the same; 0 to bind to any free one"
+        "--master-port", type=port, default=5557, metavar="PORT", help="the same; 0 to bind to any free one"
     )
     run.add_argument("--web", action="store_true", help="locust's web page instead: start and stop by hand")
     run.add_argument("--web-host", default="127.0.0.1", metavar="HOST", help="of the page (default 127.0.0.1)")
-    run.add_argument("--web-port", type=whole_number(1), default=8089, metavar="PORT", help="(default 8089)")
+    run.add_argument("--web-port", type=port, default=8089, metavar="PORT", help="(default 8089)")
     add("locustfile", _locustfile, "say where the file is that `locust -f` takes", "locust")
 
 
@@ -102,9 +102,9 @@ def _hand_over(options: argparse.Namespace) -> None:
     if options.processes:
         with socket.socket() as free:  # locust's own choice is always the same one, which another run may have
             free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        command += ["--processes", str(options.processes), "--master-port", port]
-        command += ["--master-bind-host", "127.0.0.1", "--master-bind-port", port]
+            chosen = str(free.getsockname()[1])
+        command += ["--processes", str(options.processes), "--master-port", chosen]
+        command += ["--master-bind-host", "127.0.0.1", "--master-bind-port", chosen]
     if options.master:
         command += ["--master", "--expect-workers", str(options.master)]
         command += ["--master-bind-host", options.master_host, "--master-bind-port", str(options.master_port)]
@@ -116,6 +116,8 @@ def _hand_over(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> None:
     from matvae_bench import environment
 
+    out = options.out or Path("bench-results") / f"load-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    check_writable(out)
     about = environment.describe()  # runs git, which is not safe any more once locust is imported: see `spawned`
     from matvae_bench import load
 
@@ -135,6 +137,8 @@ def _measure(options: argparse.Namespace) -> None:
     served = runs[0]["served"]
     if any(run["served"] != served for run in runs):
         raise BenchmarkError(f"{options.server} served one model and then another: the runs cannot be compared")
+    # First: what was measured is not lost to a reader who closes the pipe.
+    save(out, {"served": served, "summary": summary, "runs": runs}, about=about)
     rows = [
         (
             name,
@@ -154,8 +158,9 @@ def _measure(options: argparse.Namespace) -> None:
     )
     print_table(title, headings, rows)
     _print_checked(summary)
-    out = options.out or Path("bench-results") / f"load-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    save(out, {"served": served, "summary": summary, "runs": runs}, about=about)
+    asked, failed = summary["all"]["requests"], sum(summary["all"]["failures"].values())
+    if 2 * failed > asked:
+        complaints.append(f"{failed:,} of {asked:,} requests failed: rates and latencies are of the few that did not")
     if complaints:
         raise BenchmarkError("; ".join(dict.fromkeys(complaints)))
 

@@ -74,7 +74,7 @@ def test_run_saves_where_nobody_says_where(server, tmp_path: Path) -> None:
 
 
 def test_run_counts_failures_by_status(start_server, tmp_path: Path) -> None:
-    """The server goes away under load: what follows is counted as UNAVAILABLE, and the run ends all the same."""
+    """The server goes away under load: what follows is counted as UNAVAILABLE, and the run ends as one that failed."""
     out = tmp_path / "run.json"
     load = ("--users", "2", "--seconds", "6", "--repeats", "1")
     with start_server() as server:
@@ -88,7 +88,8 @@ def test_run_counts_failures_by_status(start_server, tmp_path: Path) -> None:
         server.stop()
         _, errors = process.communicate(timeout=120)
     assert b"loading" in line
-    assert process.returncode == 0, errors
+    assert process.returncode == 1, errors
+    assert b"requests failed: rates and latencies are of the few that did not" in errors
     assert json.loads(out.read_text())["summary"]["all"]["failures"].keys() == {"UNAVAILABLE"}
 
 

@@ -51,6 +51,38 @@ def test_overload_of_a_running_server(server, tmp_path: Path, capsys) -> None:
     assert len(tables) == 2 + 2 + 2 + 4, markdown
 
 
+def test_rates_are_offered_as_they_are_said_in_the_form_and_slice_asked_for(server, tmp_path: Path) -> None:
+    out, plot = tmp_path / "rates.json", tmp_path / "rates.svg"
+    wanted = ("--images", "1", "--format", "jpeg", "--dimensions", "32", "--precision", "int8")
+    rates = ("--rate", "50", "--rate", "20", "--seconds", "1", "--repeats", "1", "--arrivals", "constant")
+    told = bench("overload", "--server", server.address, *wanted, *rates, "--out", str(out), "--plot", str(plot))
+    results = json.loads(out.read_text())
+    assert results["saturation"] is None
+    assert [(point["load"], point["statuses"]) for point in results["points"]] == [(20, {"OK": 20}), (50, {"OK": 50})]
+    assert overload.goals(results)[0]["reached"], "every request was answered"
+    assert "jpeg, 32-d int8 codes" in re.sub(r"\s+", " ", told)
+    assert "saturat" not in told
+    assert plot.read_text().startswith("<?xml")
+
+
+def test_the_search_goes_on_while_more_is_answered(monkeypatch) -> None:
+    """A closed loop of few calls fills one of many workers, so its rate says little."""
+    offered: list[float] = []
+
+    def served(_: object, __: object, rate: float, *___: object) -> float:
+        offered.append(rate)
+        return min(rate, 340)
+
+    monkeypatch.setattr(overload, "_offered", served)
+    monkeypatch.setattr(overload, "_point", lambda _, runs, __: {"goodput": runs[0]})
+    points = overload._search(overload.Settings(), offer=None, rate=100)  # type: ignore[arg-type]
+    assert offered == pytest.approx([80, 100, 120, 150, 200, 300, 400, 600])
+    assert max(point["goodput"] for point in points) == 340
+    offered.clear()
+    overload._search(overload.Settings(), offer=None, rate=1000)  # type: ignore[arg-type]
+    assert len(offered) == 4, "it gave no more from the first on"
+
+
 def test_overload_of_a_server_of_its_own_on_a_core_of_its_own(briefly) -> None:
     settings = overload.Settings(images=1, seconds=0.3, loads=(0.8,), arrivals="constant")
     before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
@@ -259,6 +291,11 @@ def test_resident_memory_counts_children(server) -> None:
         ("changes HEAD --from x.json", "name commits"),
         ("throughput --workers 2", "must be a whole number of at least 3"),
         ("overload --server x:1 --serve=--threads", "give one of them"),
+        ("overload --rate 9 --load 1", "give one of them"),
+        ("overload --plot x.txt", "--plot: must be a .png or .svg file, not 'x.txt'"),
+        ("overload --out docs", "cannot write docs: Is a directory"),
+        ("run --out docs", "cannot write docs: Is a directory"),
+        ("run --web-port 99999", "--web-port: must be a port, at most 65535, not '99999'"),
         ("soak --from no-file.json", "cannot read no-file.json: No such file or directory"),
         ("soak --from README.md", "README.md holds no results of matvae-bench soak"),
     ],
