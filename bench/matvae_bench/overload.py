@@ -24,7 +24,7 @@ REFERENCE = 0.8
 """The load whose p99 the others are compared with."""
 
 _SEARCH = (0.8, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Of the closed loop's rate. The last four only while more is answered: few calls do not fill a server of many workers."""
+"""Of the closed loop's rate. The last four only while each is answered more: few calls do not fill many workers."""
 _ALWAYS = 4
 _MORE = 1.05
 _IN_FLIGHT = 8
