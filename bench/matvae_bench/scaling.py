@@ -20,6 +20,7 @@ from typing import Any
 
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
+from matvae_bench.arguments import positive
 from matvae_bench.output import Told, markdown, spread, written
 
 BILLION = 10**9
@@ -218,8 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for field in dataclasses.fields(Assumed):
         flag = f"--{field.name.replace('_', '-')}"
         default = getattr(defaults, field.name)
-        parser.add_argument(flag, type=float, default=default, help=f"assumed (default {default:g})")
+        parser.add_argument(flag, type=positive, default=default, help=f"assumed (default {default:g})")
     options = vars(parser.parse_args(arguments))
+    if options["share"] > 1:
+        parser.error(f"--share: must be at most 1, all of it, not {options['share']:g}")
     results, card, page = options.pop("results"), options.pop("card"), options.pop("write")
     try:
         block = markdown(tables(results, json.loads(card.read_text()), Assumed(**options)))

@@ -83,3 +83,12 @@ def test_flags_change_what_is_assumed(repository: Path, capsys: pytest.CaptureFi
     assert "machines of 64 GB" in capsys.readouterr().out
     assert scaling.main(["--card", "nowhere.json"]) == 1
     assert "nowhere.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--share", "0"], ["--share", "2"], ["--memory-bytes=-1"], ["--network-bits", "nan"]]
+)
+def test_what_cannot_be_assumed_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        scaling.main(flags)
+    assert "must be" in capsys.readouterr().err
