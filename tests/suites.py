@@ -22,7 +22,7 @@ NO_TESTS = 5
 
 def environment(at_once: int) -> dict[str, str]:
     """That of a suite beside others: a core is then what it has."""
-    # Hundreds of processes import the same modules, so none of them should have to compile them.
+    # Hundreds of processes import the same modules, so none should have to compile them, whatever the environment says.
     found = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     # Threads of OpenMP wait for each other by spinning, on cores that another suite needs.
     return ({"OMP_NUM_THREADS": "1"} if at_once > 1 else {}) | found

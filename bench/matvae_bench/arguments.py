@@ -25,12 +25,16 @@ def whole_number(least: int) -> Callable[[str], int]:
     return read
 
 
-def port(text: str) -> int:
-    """A TCP port; 0 is any free one."""
-    value = whole_number(0)(text)
-    if value > _MOST_PORT:
-        raise argparse.ArgumentTypeError(f"must be a port, at most {_MOST_PORT}, not {text!r}")
-    return value
+def port(least: int) -> Callable[[str], int]:
+    """A type that reads a TCP port; from 0 on where that may be any free one."""
+
+    def read(text: str) -> int:
+        value = whole_number(least)(text)
+        if value > _MOST_PORT:
+            raise argparse.ArgumentTypeError(f"must be a port, at most {_MOST_PORT}, not {text!r}")
+        return value
+
+    return read
 
 
 def picture(text: str) -> Path:

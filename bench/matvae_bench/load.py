@@ -27,6 +27,7 @@ from matvae_bench.errors import BenchmarkError
 from matvae_bench.judge import Reference
 from matvae_bench.spawned import SpawnedProcess
 from matvae_bench.watch import Watch, warn
+from matvae_client import MatvaeError
 
 _WORKER_SECONDS = 60.0
 """How long workers of our own may take to come; those of others are waited for without an end."""
@@ -68,20 +69,12 @@ def run(settings: Settings) -> tuple[list[dict[str, Any]], list[str]]:
         user_classes=load_users.sharing(chosen), host=settings.target, parsed_options=options, stop_timeout=0.0
     )
     workers = settings.processes or settings.expect_workers
-    try:
-        runner: Any = environment.create_master_runner(*settings.bind) if workers else environment.create_local_runner()
-    except RPCError:
-        host, port = settings.bind
-        raise BenchmarkError(
-            f"no master can listen on {host}:{port}: is the port in use, or the host not here?"
-        ) from None
+    runner: Any = _master(environment, *settings.bind) if workers else environment.create_local_runner()
     watch = Watch(environment)
     runs, complaints = [], []
     reference = watch.ask()
     with _interruptible() as interrupted, contextlib.ExitStack() as stack:
-        children: list[SpawnedProcess] = []
-        began = Event()
-        stack.enter_context(_ending(children, began))
+        children = stack.enter_context(_workers())
         stack.callback(runner.quit)  # tells the workers to end, before they are waited for
         if workers:
             host, port = settings.bind[0], runner.server.port
@@ -89,17 +82,35 @@ def run(settings: Settings) -> tuple[list[dict[str, Any]], list[str]]:
             for _ in range(settings.processes):
                 if interrupted.is_set():
                     raise KeyboardInterrupt
-                children.append(_worker(host, port))
+                children.start(host, port)
         for number in range(settings.repeats):
             if number:
                 reference = watch.ask()
             if workers:
-                _wait_for_workers(runner, workers, children, interrupted)
-                began.set()
+                _wait_for_workers(runner, workers, children.processes, interrupted)
+                children.hear_of_the_end = True
             results = _once(runner, watch, settings, interrupted)
             complaints += results.pop("complaints")
             runs.append(_told(settings, reference, results))
-    return runs, complaints
+    return runs, complaints + _afterwards(watch, reference)
+
+
+def _master(environment: Environment, host: str, port: int) -> Any:
+    try:
+        return environment.create_master_runner(host, port)
+    except RPCError:
+        raise BenchmarkError(
+            f"no master can listen on {host}:{port}: is the port in use, or the host not of this machine?"
+        ) from None
+
+
+def _afterwards(watch: Watch, reference: Reference) -> list[str]:
+    """Complaints about a server that is not what it was when the last run began: its rates are then of two things."""
+    try:
+        served = watch.ask().served
+    except MatvaeError as error:
+        return [f"the server no longer answers, so that the rates are not its own: {error}"]
+    return [] if served == reference.served else ["the server served another model before the end"]
 
 
 def _told(settings: Settings, reference: Reference, results: dict[str, Any]) -> dict[str, Any]:
@@ -140,25 +151,34 @@ def _interruptible() -> Iterator[Event]:
             signal.signal(number, handler)
 
 
-def _worker(host: str, port: int) -> SpawnedProcess:
-    """A worker process of our own."""
-    address = ["--master-host", "127.0.0.1" if host == "*" else host, "--master-port", str(port)]
-    # Ctrl-C in a terminal reaches the master alone, which then stops all.
-    return SpawnedProcess([sys.executable, "-m", "matvae_bench", "run", "--worker", *address])
+@dataclasses.dataclass
+class _Workers:
+    """Worker processes of our own."""
+
+    processes: list[SpawnedProcess] = dataclasses.field(default_factory=list)
+    hear_of_the_end: bool = False
+    """Whether they are with the master, which then tells them."""
+
+    def start(self, host: str, port: int) -> None:
+        """One more."""
+        address = ["--master-host", "127.0.0.1" if host == "*" else host, "--master-port", str(port)]
+        # Ctrl-C in a terminal reaches the master alone, which then stops all.
+        self.processes.append(SpawnedProcess([sys.executable, "-m", "matvae_bench", "run", "--worker", *address]))
 
 
 @contextlib.contextmanager
-def _ending(children: Sequence[SpawnedProcess], began: Event) -> Iterator[None]:
-    """Workers end with their master, and are killed where they do not, or where no load `began` that it could end."""
+def _workers() -> Iterator[_Workers]:
+    """They end with their master, and are killed where they do not."""
+    workers = _Workers()
     try:
-        yield
+        yield workers
     finally:
-        deadline = time.monotonic() + (_GOODBYE_SECONDS if began.is_set() else 0.0)
-        for child in children:
-            child.wait(max(0.0, deadline - time.monotonic()))
-            child.kill()
-        for child in children:
-            child.wait()
+        deadline = time.monotonic() + (_GOODBYE_SECONDS if workers.hear_of_the_end else 0.0)
+        for process in workers.processes:
+            process.wait(max(0.0, deadline - time.monotonic()))
+            process.kill()
+        for process in workers.processes:
+            process.wait()
 
 
 def _wait_for_workers(runner: Any, count: int, children: Sequence[SpawnedProcess], interrupted: Event) -> None:

@@ -19,6 +19,9 @@ from matvae_bench.arguments import duration, picture, positive, whole_number
 from matvae_bench.errors import BenchmarkError
 from matvae_bench.output import check_writable, print_markdown, print_table, save
 
+_FEWEST_REQUESTS = 10
+"""Of a rate: fewer tell nothing."""
+
 
 def add_commands(add: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
     """Add all of them to the parser that `add` adds to."""
@@ -150,6 +153,11 @@ def _overload(options: argparse.Namespace) -> None:
     if options.rate and options.load:
         raise BenchmarkError(
             "--load is a share of what saturates the server, --rate so many images/s: give one of them"
+        )
+    if options.rate and min(options.rate) * options.seconds < _FEWEST_REQUESTS * options.images:
+        raise BenchmarkError(
+            f"--rate {min(options.rate):g} are fewer than {_FEWEST_REQUESTS} requests of {options.images} images in "
+            f"{options.seconds:g} s: --images 1 makes more of them"
         )
     if options.server and options.serve:
         raise BenchmarkError("--serve starts a server, --server names one that runs: give one of them")

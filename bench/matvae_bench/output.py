@@ -95,7 +95,7 @@ def check_writable(path: Path | None) -> None:
     """Before minutes are measured: raise BenchmarkError unless a file can be written there, or `path` is None."""
     if path is None:
         return
-    new = not path.exists()
+    new = not (path.exists() or path.is_symlink())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab"):

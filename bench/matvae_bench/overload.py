@@ -64,7 +64,7 @@ def run(settings: Settings, *, target: str | None = None, server_flags: Sequence
     that runs. Raises BenchmarkError where it does not answer.
     """
     with server_of_its_own(target, server_flags) as (address, server, pinned):
-        payload = _payload(settings)
+        payload = payloads.of(settings.form, settings.images, settings.dimensions, settings.precision)
         payloads.checked_call(address, payload)
         offer = Offer(
             target=address,
@@ -78,7 +78,7 @@ def run(settings: Settings, *, target: str | None = None, server_flags: Sequence
         runs: list[list[Outcomes]] = [[] for _ in loads]
         for repeat, (number, rate) in itertools.product(range(settings.repeats), enumerate(rates)):
             print(f"offering {rate:,.0f} images/s", file=sys.stderr, flush=True)
-            runs[number].append(_offered(settings, offer, rate, settings.seconds, 100 * (repeat + 1) + number))
+            runs[number].append(_offered(settings, offer, payload, rate, settings.seconds, 100 * (repeat + 1) + number))
             if server and server.process.poll() is not None:
                 raise BenchmarkError(f"the server ended at {rate:,.0f} images/s: {server.stop()[1]}")
         payloads.checked_call(address, payload)
@@ -105,25 +105,25 @@ def _saturation(settings: Settings, offer: Offer, payload: payloads.Payload) -> 
         connections=settings.connections,
         seconds=max(0.2, settings.seconds / 4),
     )
-    search = _search(settings, offer, closed["images_per_second"])
+    search = _search(settings, offer, payload, closed["images_per_second"])
     saturation = max(point["goodput"] for point in search)
     if not saturation:
         raise BenchmarkError(f"{offer.target} answered nothing in time under load: give the run more --seconds")
-    if len(search) == len(_SEARCH):
+    if search[-1]["goodput"] >= _MORE * max(point["goodput"] for point in search[:-1]):
         print(
             "more than was offered may be what saturates it: the loads are of too little", file=sys.stderr, flush=True
         )
     return {"closed_loop": closed | {"loader": closed_loop.loader()}, "search": search, "saturation": saturation}
 
 
-def _search(settings: Settings, offer: Offer, rate: float) -> list[dict[str, Any]]:
+def _search(settings: Settings, offer: Offer, payload: payloads.Payload, rate: float) -> list[dict[str, Any]]:
     """Open loops of ever more than `rate`, in images/s, until the server gives no more."""
     brief = max(0.2, settings.seconds / 2)
     points: list[dict[str, Any]] = []
     for number, share in enumerate(_SEARCH):
         if number >= _ALWAYS and points[-1]["goodput"] < _MORE * max(point["goodput"] for point in points[:-1]):
             break
-        points.append(_point(settings, [_offered(settings, offer, rate * share, brief, number)], brief))
+        points.append(_point(settings, [_offered(settings, offer, payload, rate * share, brief, number)], brief))
     return points
 
 
@@ -200,15 +200,13 @@ def tables(results: dict[str, Any]) -> list[Told]:
     return [(title, HEADINGS, rows), ("goals", ("what", "measured", "goal", "reached"), judged)]
 
 
-def _offered(settings: Settings, offer: Offer, rate: float, seconds: float, seed: int) -> Outcomes:
+def _offered(
+    settings: Settings, offer: Offer, payload: payloads.Payload, rate: float, seconds: float, seed: int
+) -> Outcomes:
     """What became of the requests of one load, in images/s."""
     due = open_loop.arrivals(rate / settings.images, seconds, kind=settings.arrivals, seed=seed)
-    outcomes, _ = open_loop.run(offer, due, [_payload(settings)])
+    outcomes, _ = open_loop.run(offer, due, [payload])
     return outcomes
-
-
-def _payload(settings: Settings) -> payloads.Payload:
-    return payloads.of(settings.form, settings.images, settings.dimensions, settings.precision)
 
 
 def _point(settings: Settings, runs: Sequence[Outcomes], seconds: float) -> dict[str, Any]:

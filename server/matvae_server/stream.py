@@ -24,16 +24,17 @@ async def answers(
 ) -> AsyncIterator[pb.EmbedStreamResponse]:
     """The reply to each request as it is done; at most IN_FLIGHT are read before one is taken.
 
-    Nor does more of a stream wait than fills half of the queue, whose `bound` in images is that of a model's name: so
-    no stream is refused for what it sent itself, and all leave room for others.
+    Nor does more of a stream wait, but for two messages, than fills half of the queue, whose `bound` in images is that
+    of a model's name: alone, it is not refused for what it sent itself, and leaves room for others. Two, because one is
+    decoded while the other is encoded.
     """
     done: asyncio.Queue[pb.EmbedStreamResponse | None] = asyncio.Queue()
     slots = asyncio.Semaphore(IN_FLIGHT)
-    under_way = 0
+    under_way = images_under_way = 0
     one_is_answered = asyncio.Event()
 
     async def answer(message: pb.EmbedStreamRequest, images: int) -> None:
-        nonlocal under_way
+        nonlocal under_way, images_under_way
         try:
             with call.part() as part:
                 response = await embed(message.request, part)
@@ -45,21 +46,25 @@ async def answers(
                 "a message of a stream failed, request id %s", call.request_id, extra={"request_id": call.request_id}
             )
             reply = pb.EmbedStreamResponse(id=message.id, error=InternalError.of(call.request_id).to_proto())
-        under_way -= images
+        under_way -= 1
+        images_under_way -= images
         one_is_answered.set()
         done.put_nowait(reply)
 
     async def read() -> None:
-        nonlocal under_way
+        nonlocal under_way, images_under_way
         tasks: set[asyncio.Task[None]] = set()
         try:
             async for message in requests:
                 await slots.acquire()
                 images = _count(message.request)
-                while under_way and under_way + images > bound(message.request.model) // 2:
+                room = bound(message.request.model)
+                # Of the second: only where both fit into the queue.
+                while under_way and images_under_way + images > (room if under_way == 1 else room // 2):
                     one_is_answered.clear()
                     await one_is_answered.wait()
-                under_way += images
+                under_way += 1
+                images_under_way += images
                 task = asyncio.create_task(answer(message, images))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)

@@ -13,6 +13,7 @@ import pytest
 
 from matvae_bench import changes, cli, closed_loop, coalescing, features, machine, overload, payloads, soak, throughput
 from matvae_bench.errors import BenchmarkError
+from matvae_bench.open_loop import Offer
 
 
 def bench(*arguments: str) -> str:
@@ -65,22 +66,29 @@ def test_rates_are_offered_as_they_are_said_in_the_form_and_slice_asked_for(serv
     assert plot.read_text().startswith("<?xml")
 
 
-def test_the_search_goes_on_while_more_is_answered(monkeypatch) -> None:
+def test_the_search_goes_on_while_more_is_answered(monkeypatch, capsys) -> None:
     """A closed loop of few calls fills one of many workers, so its rate says little."""
     offered: list[float] = []
 
-    def served(_: object, __: object, rate: float, *___: object) -> float:
+    def served(_: object, __: object, ___: object, rate: float, *____: object) -> float:
         offered.append(rate)
         return min(rate, 340)
 
     monkeypatch.setattr(overload, "_offered", served)
     monkeypatch.setattr(overload, "_point", lambda _, runs, __: {"goodput": runs[0]})
-    points = overload._search(overload.Settings(), offer=None, rate=100)  # type: ignore[arg-type]
+    monkeypatch.setattr(closed_loop, "run", lambda *_, **__: {"images_per_second": 100})
+    offer = Offer(target="", deadline=1.0)
+    found = overload._saturation(overload.Settings(), offer, payloads.raw(1))
     assert offered == pytest.approx([80, 100, 120, 150, 200, 300, 400, 600])
-    assert max(point["goodput"] for point in points) == 340
+    assert found["saturation"] == 340
+    assert "too little" not in capsys.readouterr().err
     offered.clear()
-    overload._search(overload.Settings(), offer=None, rate=1000)  # type: ignore[arg-type]
+    monkeypatch.setattr(closed_loop, "run", lambda *_, **__: {"images_per_second": 1000})
+    overload._saturation(overload.Settings(), offer, payloads.raw(1))
     assert len(offered) == 4, "it gave no more from the first on"
+    monkeypatch.setattr(closed_loop, "run", lambda *_, **__: {"images_per_second": 10})
+    assert overload._saturation(overload.Settings(), offer, payloads.raw(1))["saturation"] == 60
+    assert "the loads are of too little" in capsys.readouterr().err
 
 
 def test_overload_of_a_server_of_its_own_on_a_core_of_its_own(briefly) -> None:
@@ -292,6 +300,7 @@ def test_resident_memory_counts_children(server) -> None:
         ("throughput --workers 2", "must be a whole number of at least 3"),
         ("overload --server x:1 --serve=--threads", "give one of them"),
         ("overload --rate 9 --load 1", "give one of them"),
+        ("overload --rate 1", "--rate 1 are fewer than 10 requests of 64 images in 8 s"),
         ("overload --plot x.txt", "--plot: must be a .png or .svg file, not 'x.txt'"),
         ("overload --out docs", "cannot write docs: Is a directory"),
         ("run --out docs", "cannot write docs: Is a directory"),

@@ -171,8 +171,8 @@ def _is_done(call: grpc.Future[pb.EmbedResponse]) -> bool:
         call.result(timeout=0.01)
     except grpc.FutureTimeoutError:
         return False
-    except grpc.RpcError:
-        return True
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # noqa: PT017
     return True
 
 

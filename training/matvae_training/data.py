@@ -26,7 +26,8 @@ from matvae_training.folder import read_folder, summary
 if TYPE_CHECKING:
     from torchvision import datasets
 
-if importlib.util.find_spec("torchvision") is None:  # which takes as long to import as torch: `_reader` does
+# `_reader` imports it, for it takes as long as torch, and folders need none; where it is missing that is said now.
+if importlib.util.find_spec("torchvision") is None:
     raise ModuleNotFoundError("torchvision is not installed", name="torchvision")
 
 DEFAULT_SHAPE = (32, 32, 3)
