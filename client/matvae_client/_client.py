@@ -34,10 +34,11 @@ from matvae_client._errors import (
     ItemError,
     ServerError,
 )
-from matvae_client._galleries import GallerySummary, pull_gallery, select
+from matvae_client._galleries import GallerySummary, pull_gallery
 from matvae_client._in_flight import most_images
 from matvae_client._progress import Progress, ProgressOption
 from matvae_client._replies import Replies, Wanted, check_fingerprint, check_slice
+from matvae_client._selection import select
 from matvae_client._store import CodesDirectory
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ import numpy as np
 from matvae import store
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
-from matvae_client import _files
 from matvae_client._card import ModelCard
 from matvae_client._codes import Codes, describe, require_space
 from matvae_client._errors import (
@@ -29,6 +28,7 @@ from matvae_client._errors import (
     UnavailableError,
 )
 from matvae_client._locks import alone
+from matvae_client._names import repeated
 from matvae_client._progress import Progress, ProgressOption
 from matvae_client._store import STAGING, CodesDirectory, extend, overwrite
 
@@ -50,26 +50,6 @@ class GallerySummary:
     count: int
     version: int
     dimensions: int
-
-
-def select(
-    request: pb.PullGalleryRequest, *, version: int, ids: Sequence[str] | None, into: _files.PathLike | None
-) -> None:
-    """Put the version and the rows wanted into `request`. Raises InvalidRequestError where they cannot be."""
-    if not 0 <= version < 2**64:
-        raise InvalidRequestError.of("version", f"{version} is no version: they count from 1, and 0 is the newest")
-    request.version = version
-    if ids is None:
-        return
-    if into is not None:
-        raise InvalidRequestError.of("ids", "a directory becomes a copy of all: leave out `into`, and save the codes")
-    if isinstance(ids, str) or not len(ids) or not all(isinstance(name, str) for name in ids):
-        raise InvalidRequestError.of("ids", "they are one or more strings, each the id of a code; left out: all codes")
-    try:
-        store.require_utf8(ids)
-    except store.StoreError as error:
-        raise InvalidRequestError.of("ids", str(error)) from None
-    request.ids.extend(ids)
 
 
 def pull_gallery(
@@ -121,7 +101,8 @@ class _Pull:
             ids=(),
         )
         self._arrived: list[Codes] = []  # what is not in the staging directory, or all where there is none
-        self._removed: set[str] = set()
+        self._removed: set[str] = set()  # of the base's ids
+        self._base_ids: frozenset[str] | None = None  # read once there are removals
         self.version = request.version
         self._count = 0
         self._base, self._since = self._held_version()
@@ -152,12 +133,13 @@ class _Pull:
                     self._flush()
                 if end is None:
                     raise ServerError(f"the pull of {self._request.gallery!r} stopped without an end")
-                if self._digest() == (end.count, end.sha256):
+                same = self._digest() == (end.count, end.sha256)
+                twice = self._repeated() if same else None
+                if same and twice is None:
                     return int(end.newest_version)
                 if fresh:
-                    raise ServerError(
-                        f"what arrived of gallery {self._request.gallery!r} is not what its SHA-256 says: pull it again"
-                    )
+                    wrong = f"has several codes of the id {twice!r}" if same else "is not what its SHA-256 says"
+                    raise ServerError(f"what arrived of gallery {self._request.gallery!r} {wrong}: pull it again")
                 # Rows of two galleries of one name have met, or the copy was damaged: everything anew, once.
                 self._drop_base()
                 self._drop_arrived()
@@ -227,7 +209,7 @@ class _Pull:
             case "start":
                 self._start(message.start)
             case "removals":
-                self._removed.update(message.removals.ids)
+                self._remove(message.removals.ids)
             case "rows":
                 self._add(message.rows)
             case "end":
@@ -250,6 +232,22 @@ class _Pull:
             self._drop_base()
         self.version, self._count = start.version, start.count
         self._removed.clear()
+        self._require_room(0)
+
+    def _remove(self, ids: Sequence[str]) -> None:
+        """Note which rows of the base go. Other ids are ignored, so that no server fills the memory with them."""
+        if self._base is None:
+            return
+        if self._base_ids is None:
+            self._base_ids = frozenset(self._base.ids())
+        self._removed.update(self._base_ids.intersection(ids))
+
+    def _require_room(self, rows: int) -> None:
+        if self._held() + rows > self._count:
+            raise ServerError(
+                f"the server said that the pull of gallery {self._request.gallery!r} has {self._count} rows, "
+                f"and sends {self._held() + rows}"
+            )
 
     def _add(self, rows: pb.GalleryRows) -> None:
         codes, like = rows.codes, self._empty
@@ -261,6 +259,9 @@ class _Pull:
         size = like.bytes_per_vector
         if len(codes.data) != codes.count * size or codes.count != len(rows.ids):
             raise ServerError(f"the pull has {codes.count} rows in {len(codes.data)} bytes, with {len(rows.ids)} ids")
+        if not codes.count:
+            return  # or messages of nothing would add up
+        self._require_room(codes.count)
         try:
             packed = np.frombuffer(codes.data, np.uint8).reshape(-1, size)
             self._arrived.append(dataclasses.replace(like, rows=packed, ids=tuple(rows.ids)))
@@ -285,7 +286,7 @@ class _Pull:
             self._staging.reload()
 
     def _drop_base(self) -> None:
-        self._base, self._since = None, 0
+        self._base, self._base_ids, self._since = None, None, 0
 
     def _state(self) -> Iterator[Codes]:
         """All that the copy will hold, in order: what it had and keeps, then what came. The first is never missing."""
@@ -297,6 +298,10 @@ class _Pull:
         if self._staging is not None:
             yield from self._staging.parts()
         yield from self._arrived
+
+    def _repeated(self) -> str | None:
+        """An id that several rows have, as no two rows of a gallery do; a selection may name one twice."""
+        return None if self._request.ids else repeated(lambda: (codes.ids or () for codes in self._state()))
 
     def _digest(self) -> tuple[int, str]:
         digest = store.Digest()

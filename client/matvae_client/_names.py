@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,3 +34,17 @@ def name_tensors(names: Iterable[str]) -> _files.Tensors:
 def names_of(blob: npt.NDArray[Any], sizes: npt.NDArray[Any]) -> tuple[str, ...]:
     """The string ids of such tensors. Raises ValueError where they contradict each other."""
     return tuple(split_ids(blob, sizes))
+
+
+def repeated(parts: Callable[[], Iterable[Sequence[str]]]) -> str | None:
+    """An id that is more than once in the parts, None where all differ.
+
+    Looked for by hashes, of 8 bytes, and so at two readings where some are equal: ids may be many.
+    """
+    hashes = np.concatenate([np.fromiter(map(hash, ids), np.int64, len(ids)) for ids in parts()])
+    hashes.sort()
+    equal = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if not equal:
+        return None
+    counts = Counter(name for ids in parts() for name in ids if hash(name) in equal)
+    return next((name for name, count in counts.items() if count > 1), None)

@@ -145,7 +145,7 @@ def make_codes() -> Callable[..., Codes]:
 
 
 class FaultyServer(pb_grpc.EmbeddingServiceServicer):
-    """Serves 4 x 4 grey images; a code is the image's 16 pixels / 100. Tests replace `embed` to misbehave."""
+    """Serves 4 x 4 grey images; a code is its 16 pixels / 100. Tests replace `embed` and `pull` to misbehave."""
 
     def __init__(self) -> None:
         self.described = pb.GetModelResponse(
@@ -169,6 +169,8 @@ class FaultyServer(pb_grpc.EmbeddingServiceServicer):
         self.embed: Callable[[pb.EmbedRequest, grpc.ServicerContext], pb.EmbedResponse] = lambda request, _: (
             self.honest(request)
         )
+        self.pull: Callable[[pb.PullGalleryRequest], Iterator[pb.PullGalleryResponse]] = lambda _: iter(())
+        self.galleries: list[pb.GallerySummary] = []
         self.requests: list[pb.EmbedRequest] = []
         self.descriptions_sent = 0
         self.stopping = threading.Event()
@@ -189,6 +191,19 @@ class FaultyServer(pb_grpc.EmbeddingServiceServicer):
         with self._lock:
             self.requests.append(request)
         return self.embed(request, context)
+
+    def ListGalleries(
+        self, request: pb.ListGalleriesRequest, context: grpc.ServicerContext
+    ) -> pb.ListGalleriesResponse:
+        return pb.ListGalleriesResponse(galleries=self.galleries)
+
+    def PullGallery(
+        self, request: pb.PullGalleryRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.PullGalleryResponse]:
+        for message in self.pull(request):
+            if not context.is_active():
+                return
+            yield message
 
     def honest(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """The right reply. An encoded file is taken for the pixels that it holds."""

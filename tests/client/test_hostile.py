@@ -1,0 +1,117 @@
+"""A server that lies: it fills neither memory nor disk, and reaches neither the terminal nor the user's files."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from matvae import store
+from matvae.v1 import embedding_pb2 as pb
+from matvae_client import Codes, CodesDirectory, EmbeddingClient, ServerError, _galleries
+
+if TYPE_CHECKING:
+    from conftest import FaultyServer
+
+DIMENSIONS = 16
+ROW = 4 * DIMENSIONS
+Messages = Iterator[pb.PullGalleryResponse]
+
+
+def start(count: int, version: int = 1, since: int = 0, position: int = 0) -> pb.PullGalleryResponse:
+    return pb.PullGalleryResponse(
+        start=pb.PullStart(version=version, count=count, since_version=since, position=position)
+    )
+
+
+def rows(ids: Sequence[str]) -> pb.PullGalleryResponse:
+    codes = pb.Codes(
+        data=bytes(ROW * len(ids)), count=len(ids), dimensions=DIMENSIONS, precision=1, fingerprint="f" * 64
+    )
+    return pb.PullGalleryResponse(rows=pb.GalleryRows(codes=codes, ids=ids))
+
+
+def removals(ids: Sequence[str]) -> pb.PullGalleryResponse:
+    return pb.PullGalleryResponse(removals=pb.GalleryRemovals(ids=ids))
+
+
+def end(ids: Sequence[str], version: int = 1) -> pb.PullGalleryResponse:
+    digest = store.Digest()
+    digest.update(np.zeros((len(ids), ROW), np.uint8), ids)
+    return pb.PullGalleryResponse(end=pb.PullEnd(count=len(ids), sha256=digest.hexdigest(), newest_version=version))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_pull_of_more_rows_than_it_said_ends(
+    faulty: FaultyServer, faulty_client: EmbeddingClient, tmp_path: Path, on_disk: bool
+) -> None:
+    def endless(request: pb.PullGalleryRequest) -> Messages:
+        yield start(10, position=request.position)
+        for number in itertools.count(request.position, 4):
+            yield rows([f"r{number + place}" for place in range(4)])
+
+    faulty.pull = endless
+    with pytest.raises(ServerError, match="'g' has 10 rows, and sends 12"):
+        faulty_client.pull("g", into=tmp_path / "copy" if on_disk else None, timeout=5)
+    assert CodesDirectory(tmp_path / "copy").version == 0
+    faulty.pull = lambda _: iter([rows(["a"])])  # before it has said anything
+    with pytest.raises(ServerError, match="has 0 rows, and sends 1"):
+        faulty_client.pull("g", timeout=5)
+
+
+def test_messages_of_nothing_are_not_kept(
+    faulty: FaultyServer, faulty_client: EmbeddingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty.pull = lambda _: iter([start(1), *[rows([])] * 50, rows(["a"]), end(["a"])])
+    joined: list[int] = []
+    concatenate = Codes.concatenate
+    monkeypatch.setattr(Codes, "concatenate", lambda parts: joined.append(len(parts)) or concatenate(parts))
+    assert faulty_client.pull("g").ids == ("a",)
+    assert joined == [2]  # what all have in common, and the row
+
+
+def test_only_removals_of_what_is_held_are_kept(
+    faulty: FaultyServer, faulty_client: EmbeddingClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty.pull = lambda _: iter([start(2), rows(["a", "b"]), end(["a", "b"])])
+    faulty_client.pull("g", into=tmp_path / "copy")
+    kept: list[int] = []
+    remove = _galleries._Pull._remove
+
+    def counting(pull: _galleries._Pull, ids: Sequence[str]) -> None:
+        remove(pull, ids)
+        kept.append(len(pull._removed))
+
+    monkeypatch.setattr(_galleries._Pull, "_remove", counting)
+    others = [removals([f"x{place}-{number}" for place in range(10)]) for number in range(10)]
+    faulty.pull = lambda request: iter(
+        [start(1, 2, since=request.since_version), *others, removals(["b", "b"]), rows(["c"]), end(["a", "c"], 2)]
+    )
+    assert faulty_client.pull("g", into=tmp_path / "copy").ids == ("a", "c")
+    assert kept == [0] * 10 + [1]
+    faulty.pull = lambda _: iter([start(1), *others, rows(["c"]), end(["c"])])
+    assert faulty_client.pull("g").ids == ("c",)
+    assert max(kept[11:]) == 0
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_an_id_is_once_in_a_pull(
+    faulty: FaultyServer, faulty_client: EmbeddingClient, tmp_path: Path, on_disk: bool
+) -> None:
+    into = tmp_path / "copy" if on_disk else None
+    twice = ["a", "b", "a"]
+    faulty.pull = lambda _: iter([start(3), rows(twice[:2]), rows(twice[2:]), end(twice)])
+    with pytest.raises(ServerError, match="'g' has several codes of the id 'a'"):
+        faulty_client.pull("g", into=into)
+    assert faulty_client.pull("g", ids=twice).ids == tuple(twice)  # asked for twice
+    faulty.pull = lambda _: iter([start(2), rows(twice[:2]), end(twice[:2])])
+    assert faulty_client.pull("g", into=into).ids == ("a", "b")
+    if on_disk:  # and none of what is held
+        faulty.pull = lambda request: iter([start(1, 2, since=request.since_version), rows(["a"]), end(twice, 2)])
+        with pytest.raises(ServerError):
+            faulty_client.pull("g", into=into)
+        assert Codes.load(tmp_path / "copy").ids == ("a", "b")
