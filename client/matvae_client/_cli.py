@@ -26,7 +26,7 @@ from matvae_client._codes import Codes
 from matvae_client._errors import InvalidRequestError, MatvaeError
 from matvae_client._files import replacing
 from matvae_client._index import PrefixIndex
-from matvae_client._store import load_parts
+from matvae_client._store import is_copy, load_parts
 
 _EXAMPLES = """\
 examples:
@@ -158,13 +158,16 @@ def _search(options: argparse.Namespace) -> int:
         index.add(part)
     found = index.search(queries, options.k)
     if options.html is not None:
-        page = sheet.render(names, found, options.images_root or Path())
+        root, foreign = options.images_root or Path(), is_copy(options.codes)
+        foreign_queries = options.query_codes is not None and is_copy(options.query_codes)
+        page = sheet.render(names, found, root, foreign_queries=foreign_queries, foreign_names=foreign)
         with replacing(options.html) as new:
             new.write_text(page.html, encoding="utf-8", errors="backslashreplace")
         if page.missing:
             output.complain(
                 f"{options.html}: {page.missing} of {page.names} pictures were not found, looked for relative to "
-                f"{(options.images_root or Path()).absolute()}: --images-root DIR looks elsewhere"
+                f"{root.absolute()}{', and only in there, for a server named them' if foreign else ''}: "
+                "--images-root DIR looks elsewhere"
             )
     output.print_neighbours(names, found, failed, as_json=options.json)
     return output.report(failed)

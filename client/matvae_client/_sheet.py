@@ -6,12 +6,15 @@ import base64
 import dataclasses
 import html
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from matvae.orientation import upright
 from matvae_client._index import Neighbours
 
+_FORMATS = ("PNG", "JPEG", "WEBP")
+"""What a server takes, and so what there are codes of; Pillow has readers of many more."""
 SIDE = 112
 """Pixels of a thumbnail's longer side."""
 
@@ -43,23 +46,32 @@ class Sheet:
     missing: int
 
 
-def render(queries: Sequence[str], neighbours: Neighbours, root: Path) -> Sheet:
+def render(
+    queries: Sequence[str],
+    neighbours: Neighbours,
+    root: Path,
+    *,
+    foreign_queries: bool = False,
+    foreign_names: bool = False,
+) -> Sheet:
     """The page. Names that are paths of readable images are shown as thumbnails, others as names.
 
-    What was found is looked for under `root`, a query where it is, then under `root`.
+    What was found is looked for relative to `root`, a query where it is, then relative to `root`. Names that are
+    `foreign` were chosen by a server: of these only files below `root` are opened.
     """
-    pictures: dict[tuple[Path, ...], bytes | None] = {}
+    pictures: dict[tuple[bool, tuple[Path, ...]], bytes | None] = {}
 
-    def figure(name: str, note: str, *places: Path) -> str:
-        if places not in pictures:
-            pictures[places] = next(filter(None, map(_thumbnail, places)), None)
-        return _figure(name, note, pictures[places])
+    def figure(name: str, note: str, foreign: bool, *places: Path) -> str:
+        if (foreign, places) not in pictures:
+            allowed = (place for place in places if not foreign or _is_below(place, root))
+            pictures[foreign, places] = next(filter(None, map(_thumbnail, allowed)), None)
+        return _figure(name, note, pictures[foreign, places])
 
     sections = []
     for query, ids, distances in zip(queries, neighbours.ids, neighbours.distances, strict=True):
-        figures = [figure(query, "query", *dict.fromkeys((Path(query), root / query)))]
+        figures = [figure(query, "query", foreign_queries, *dict.fromkeys((Path(query), root / query)))]
         figures += (
-            figure(str(name), f"{distance:.4g}", root / str(name))
+            figure(str(name), f"{distance:.4g}", foreign_names, root / str(name))
             for name, distance in zip(ids, distances, strict=True)
         )
         sections.append("<section>\n" + "\n".join(figures) + "\n</section>")
@@ -77,12 +89,22 @@ def _figure(name: str, note: str, data: bytes | None) -> str:
     return f"<figure>{picture}<figcaption><b>{html.escape(note)}</b> {text}</figcaption></figure>"
 
 
+def _is_below(path: Path, root: Path) -> bool:
+    """Whether it is below `root` once all links are followed."""
+    try:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+    except (OSError, ValueError):  # a name that is no path
+        return False
+
+
 def _thumbnail(path: Path) -> bytes | None:
     """A small PNG of an image file; None where there is none that can be read."""
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        if not path.is_file():  # opening a pipe waits for whoever writes into it
+            return None
+        with Image.open(path, formats=_FORMATS) as image:
             small = upright(image).convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None

@@ -286,6 +286,11 @@ def load_parts(path: _files.PathLike) -> list[Codes]:
                 raise  # it is the directory that is damaged, not a file that a writer has cleared away
 
 
+def is_copy(path: _files.PathLike) -> bool:
+    """Whether `path` is a copy of a gallery: a server has chosen its ids."""
+    return Path(path).is_dir() and bool(CodesDirectory(path).source)
+
+
 def overwrite(directory: CodesDirectory, parts: Parts, *, source: Mapping[str, Any]) -> None:
     """Make the directory what `parts` hold, in one version and one shard: a copy of what `source` names."""
     with directory._writing():

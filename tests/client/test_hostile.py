@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from matvae import store
 from matvae.v1 import embedding_pb2 as pb
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from conftest import FaultyServer
 
 DIMENSIONS = 16
+Run = Callable[..., subprocess.CompletedProcess[str]]
 ROW = 4 * DIMENSIONS
 Messages = Iterator[pb.PullGalleryResponse]
 
@@ -96,6 +100,35 @@ def test_only_removals_of_what_is_held_are_kept(
     faulty.pull = lambda _: iter([start(1), *others, rows(["c"]), end(["c"])])
     assert faulty_client.pull("g").ids == ("c",)
     assert max(kept[11:]) == 0
+
+
+def test_a_server_chooses_no_pictures_outside_of_here(
+    faulty: FaultyServer, faulty_client: EmbeddingClient, matvae_at: Run, tmp_path: Path
+) -> None:
+    here, private = tmp_path / "here", tmp_path / "private.png"
+    here.mkdir()
+    for picture in (private, here / "mine.png", here / "tiff.png"):
+        Image.new("L", (8, 8), 7).save(picture, "TIFF" if picture.stem == "tiff" else "PNG")
+    (here / "link.png").symlink_to(private)
+    os.mkfifo(here / "pipe")
+    ids = [str(private), "../private.png", "link.png", "pipe", "tiff.png", "/dev/stdin", "a\0b", "x" * 5000]
+    own = ["mine.png", str(here / "mine.png")]
+    faulty.pull = lambda _: iter([start(len(ids + own)), rows(ids + own), end(ids + own)])
+    copy = faulty_client.pull("g", into=here / "copy")
+    copy[0].save(here / "query.codes")
+
+    def shown(*flags: object) -> int:
+        done = matvae_at("127.0.0.1:1", "search", *flags, "-k", 10, "--html", "page.html", cwd=here)
+        assert done.returncode == 0, done.stderr
+        return (here / "page.html").read_text(encoding="utf-8").count("data:image/png")
+
+    query = 1  # which is the user's
+    assert shown("copy", "--query-codes", "query.codes") == query + 2
+    assert shown("copy", "--query-codes", "query.codes", "--images-root", tmp_path) == query + 2
+    assert shown("copy", "--query-codes", "query.codes", "--images-root", "/") == query + 2
+    assert shown("copy", "--query-codes", "copy") == 2 + 10 * 2
+    Codes.load(here / "copy").save(here / "own.codes")  # and of one's own codes all, wherever they are
+    assert shown("own.codes", "--query-codes", "query.codes") == query + 2 + 3
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
