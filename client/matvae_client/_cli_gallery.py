@@ -80,7 +80,7 @@ def show(options: argparse.Namespace) -> int:
         fields = ("name", "count", "version", "dimensions", "fingerprint")
         output.print_json([{field: getattr(gallery, field) for field in fields} for gallery in galleries])
     for gallery in () if options.json else galleries:
-        print(f"{gallery.name:<24} {gallery.count:>12} codes  version {gallery.version}")
+        print(output.visible(f"{gallery.name:<24} {gallery.count:>12} codes  version {gallery.version}"))
     return 0
 
 

@@ -23,7 +23,8 @@ from matvae_client._store import CodesDirectory
 Failed: TypeAlias = Sequence[tuple[str, str]]
 """(path, why) of each file that could not be used."""
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Line breaks, escapes, and what turns the direction of the text after it."""
 
 
 def prepare_streams() -> None:
@@ -40,10 +41,10 @@ def prepare_streams() -> None:
 
 def complain(message: str) -> None:
     """One line on stderr."""
-    print(f"matvae: {_visible(' '.join(message.split()))}", file=sys.stderr)
+    print(f"matvae: {visible(' '.join(message.split()))}", file=sys.stderr)
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """A text on one line, which does nothing to a terminal: line breaks and other control characters as escapes."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
@@ -68,7 +69,7 @@ def print_card(card: ModelCard) -> None:
         "limits": f"{card.limits.max_images_per_request} images or {card.limits.max_message_bytes} bytes per request",
     }
     for name, text in lines.items():
-        print(f"{name + ':':<13}{text}")
+        print(f"{name + ':':<13}{visible(text)}")
     for name in dict.fromkeys(metric.name for metric in card.metrics):
         _print_metrics([metric for metric in card.metrics if metric.name == name])
     if not card.metrics:
@@ -165,9 +166,9 @@ def print_neighbours(queries: Sequence[str], neighbours: Neighbours, failed: Fai
         )
         return
     for query, nearest in found:
-        print(_visible(query))
+        print(visible(query))
         for distance, name in nearest:
-            print(_visible(f"  {distance:<10.4g} {name}"))
+            print(visible(f"  {distance:<10.4g} {name}"))
 
 
 def print_labels(
@@ -183,7 +184,7 @@ def print_labels(
         print_json([*rows, *_errors(failed)])
         return
     for row in rows:
-        print(_visible(f"{row['label']:<16} {row['probability']:.2f}  {row['path']}"))
+        print(visible(f"{row['label']:<16} {row['probability']:.2f}  {row['path']}"))
 
 
 def _heads(card: ModelCard) -> str:
@@ -196,13 +197,15 @@ def _heads(card: ModelCard) -> str:
 def _print_metrics(metrics: Sequence[Metric]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     class Terminal(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # main's to handle; rich would end the process, with a status of its own
 
     first = metrics[0]
-    table = Table(title=f"{first.name}, % of {first.n} images ({first.split})", title_justify="left", min_width=60)
+    title = visible(f"{first.name}, % of {first.n} images ({first.split})")
+    table = Table(title=Text(title, style="table.title"), title_justify="left", min_width=60)  # a str would be markup
     table.add_column("dimensions", justify="right")
     precisions = [precision for precision in codec.PRECISIONS if any(m.precision == precision for m in metrics)]
     for precision in precisions:

@@ -102,6 +102,23 @@ def test_only_removals_of_what_is_held_are_kept(
     assert max(kept[11:]) == 0
 
 
+def test_no_text_of_a_server_reaches_the_terminal_as_it_is(faulty: FaultyServer, matvae_at: Run) -> None:
+    evil = "x\x1b]0;pwned\x07\x9b31m\nmodel: forged\u202egnp.exe\u2066 [/foo] [bold]b[/bold]"
+    shown = r"x\x1b]0;pwned\x07\x9b31m\nmodel: forged\u202egnp.exe\u2066 [/foo] [bold]b[/bold]"
+    card = faulty.described.card
+    card.name = card.description = card.license = card.input.resize_rule = evil
+    faulty.described.runtime = faulty.described.server_version = evil
+    card.classes[0] = evil
+    card.metrics.add(name=evil, dimensions=16, precision=1, value=0.5, n=10, split=evil)
+    faulty.galleries = [pb.GallerySummary(name=evil, fingerprint="f" * 64, count=1, version=1)]
+    for command, times in ((("info",), 7 + 2), (("gallery", "list"), 1)):
+        done = matvae_at(faulty.address, *command, COLUMNS="400", PYTHONUTF8="1")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert " ".join(done.stdout.split()).count(shown) == times
+        assert not set("\x1b\x07\x9b\u202e\u2066") & set(done.stdout)
+        assert not any(line.startswith("model: f") for line in done.stdout.splitlines())
+
+
 def test_a_server_chooses_no_pictures_outside_of_here(
     faulty: FaultyServer, faulty_client: EmbeddingClient, matvae_at: Run, tmp_path: Path
 ) -> None:
