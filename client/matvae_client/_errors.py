@@ -270,5 +270,5 @@ def _retry_after(error: grpc.RpcError) -> float | None:
     info = error_details_pb2.RetryInfo()
     for detail in _details(error):
         if detail.Unpack(info):
-            return float(info.retry_delay.seconds + info.retry_delay.nanos / 1e9)
+            return max(0.0, float(info.retry_delay.seconds + info.retry_delay.nanos / 1e9))
     return None

@@ -290,6 +290,17 @@ def test_an_overloaded_server_says_when_to_come_back(faulty: FaultyServer, fault
     assert len(faulty.requests) == 1  # a negative pushback: do not retry
 
 
+def test_a_server_that_asks_to_come_back_before_now_means_now(
+    faulty: FaultyServer, faulty_client: EmbeddingClient
+) -> None:
+    wait = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=-5))
+    full = grpc.StatusCode.RESOURCE_EXHAUSTED
+    faulty.embed = lambda _, context: _abort(context, full, "full", wait, pushback="-1")  # type: ignore[return-value]
+    with pytest.raises(OverloadedError, match=r"try again in 0 s") as caught:
+        faulty_client.embed(faulty.images(1))
+    assert caught.value.retry_after == 0
+
+
 def test_a_retry_waits_as_long_as_the_server_says(faulty: FaultyServer, faulty_client: EmbeddingClient) -> None:
     arrived: list[float] = []
 
