@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -17,6 +18,13 @@ COMPUTE_PRECISIONS: dict[pb.ComputePrecision, str] = {
     pb.COMPUTE_PRECISION_FP32: "fp32",
     pb.COMPUTE_PRECISION_BF16: "bf16",
 }
+
+_LONGEST = 2**16
+"""Sides of an input and dimensions of a code are at most this: a server could fill the memory with larger ones."""
+_MOST_VALUES = 2**26
+"""Height x width x channels of an input."""
+_MOST_MESSAGE_BYTES = 2**31 - 1
+"""Of any message, by protobuf."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,10 +122,8 @@ class ModelCard:
             quantiser = codec.quantiser_from_proto(card.quantiser)
         except ValueError as error:
             raise ServerError(f"the model card of {card.name!r} cannot be used: {error}") from None
-        if len(quantiser.int8_low) != card.dimensions or not card.fingerprint or not limits.max_images_per_request:
-            raise ServerError(
-                f"the model card of {card.name!r} cannot be used: it lacks ranges, a fingerprint or limits"
-            )
+        if problem := _problem(response, len(quantiser.int8_low)):
+            raise ServerError(f"the model card of {card.name!r} cannot be used: {problem}")
         return cls(
             format=card.format,
             name=card.name,
@@ -138,7 +144,10 @@ class ModelCard:
             metrics=tuple(_metric(metric) for metric in card.metrics if metric.precision in codec.PRECISION_NAMES),
             heads=tuple((HEAD_KIND_NAMES[h.kind], h.dimensions) for h in card.heads if h.kind in HEAD_KIND_NAMES),
             provenance=dict(card.provenance),
-            limits=Limits(**{field.name: getattr(limits, field.name) for field in dataclasses.fields(Limits)}),
+            limits=Limits(
+                **{field.name: getattr(limits, field.name) for field in dataclasses.fields(Limits)}
+                | {"max_message_bytes": min(limits.max_message_bytes, _MOST_MESSAGE_BYTES)}
+            ),
             runtime=response.runtime,
             compute_precision=COMPUTE_PRECISIONS.get(response.compute_precision, "unknown"),
             server_version=response.server_version,
@@ -168,6 +177,22 @@ class ModelCard:
             "heads": [{"kind": kind, "dimensions": dimensions} for kind, dimensions in self.heads],
             "limits": dataclasses.asdict(self.limits),
         }
+
+
+def _problem(response: pb.GetModelResponse, ranges: int) -> str | None:
+    """Why a card of so many `ranges` cannot be used; None where it can."""
+    card = response.card
+    if ranges != card.dimensions or not card.fingerprint or not response.limits.max_images_per_request:
+        return "it lacks ranges, a fingerprint or limits"
+    if not 1 <= card.dimensions <= _LONGEST or not all(1 <= prefix <= card.dimensions for prefix in card.prefixes):
+        return f"codes have 1 to {_LONGEST} dimensions and prefixes are of these, it says {card.dimensions}"
+    shape = card.input.height, card.input.width, card.input.channels
+    if not all(1 <= side <= _LONGEST for side in shape) or math.prod(shape) > _MOST_VALUES:
+        return f"no input is of {' x '.join(map(str, shape))}: sides are 1 to {_LONGEST}, in all at most {_MOST_VALUES}"
+    for metric in card.metrics:
+        if not all(map(math.isfinite, (metric.value, metric.interval_low, metric.interval_high))):
+            return f"what it measured of {metric.name} is not finite"
+    return None
 
 
 def _metric(metric: pb.Metric) -> Metric:

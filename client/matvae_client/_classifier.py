@@ -46,6 +46,8 @@ class PrefixClassifier:
             width = weight.shape[0]
         if not self.layers or width != len(self.classes):
             raise InvalidRequestError.of("layers", f"{width} outputs for {len(self.classes)} classes")
+        if not self.classes:
+            raise InvalidRequestError.of("classes", "there are none")
 
     @classmethod
     def from_proto(cls, head: pb.Head) -> Self:

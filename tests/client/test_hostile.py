@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from PIL import Image
 
 from matvae import store
 from matvae.v1 import embedding_pb2 as pb
-from matvae_client import Codes, CodesDirectory, EmbeddingClient, ServerError, _galleries
+from matvae_client import Codes, CodesDirectory, EmbeddingClient, PrefixClassifier, ServerError, _galleries
 
 if TYPE_CHECKING:
     from conftest import FaultyServer
@@ -100,6 +101,48 @@ def test_only_removals_of_what_is_held_are_kept(
     faulty.pull = lambda _: iter([start(1), *others, rows(["c"]), end(["c"])])
     assert faulty_client.pull("g").ids == ("c",)
     assert max(kept[11:]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda card: card.MergeFrom(pb.ModelCard(input=pb.InputSpec(height=60_000, width=60_000))), "no input is of"),
+        (
+            lambda card: card.MergeFrom(pb.ModelCard(input=pb.InputSpec(width=2**31))),
+            f"4 x {2**31} x 1: sides",
+        ),
+        (lambda card: setattr(card.input, "channels", 0), "no input is of 4 x 4 x 0"),
+        (lambda card: card.prefixes.append(2**32 - 1), "prefixes are of these"),
+        (lambda card: card.prefixes.append(0), "prefixes are of these"),
+        (lambda card: card.metrics.add(name="knn", precision=1, value=math.nan), "measured of knn is not finite"),
+        (lambda card: card.metrics.add(name="knn", precision=1, interval_low=-math.inf), "is not finite"),
+    ],
+)
+def test_a_card_of_what_cannot_be_is_refused(
+    faulty: FaultyServer, faulty_client: EmbeddingClient, change: Callable[[pb.ModelCard], object], says: str
+) -> None:
+    change(faulty.described.card)
+    with pytest.raises(ServerError, match=f"the model card of 'faulty' cannot be used: .*{says}"):
+        faulty_client.model()
+
+
+def test_no_message_is_longer_than_messages_can_be(
+    faulty: FaultyServer, faulty_client: EmbeddingClient, tmp_path: Path
+) -> None:
+    faulty.described.limits.max_message_bytes = 2**64 - 1
+    (tmp_path / "file.png").write_bytes(bytes(20))
+    assert len(faulty_client.embed(tmp_path / "file.png")) == 1
+    assert faulty_client.model().limits.max_message_bytes == 2**31 - 1
+
+
+def test_a_head_without_classes_is_refused() -> None:
+    def tensor(*shape: int) -> pb.Tensor:
+        return pb.Tensor(data=np.ones(shape, np.float32).tobytes(), shape=shape)
+
+    layers = [pb.DenseLayer(weight=tensor(0, 2), bias=tensor(0))]
+    head = pb.Head(kind=1, dimensions=2, fingerprint="f" * 64, mean=tensor(2), scale=tensor(2), layers=layers)
+    with pytest.raises(ServerError, match="cannot be used: classes: there are none"):
+        PrefixClassifier.from_proto(head)
 
 
 def test_no_text_of_a_server_reaches_the_terminal_as_it_is(faulty: FaultyServer, matvae_at: Run) -> None:
