@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -106,6 +107,22 @@ def test_a_member_that_cannot_be_or_must_not_be_unpacked_is_an_unreadable_file(f
     path.write_bytes(content)
     (told,) = read_folder(path, SHAPE).unreadable.values()
     assert says in told
+
+
+def test_a_member_is_unpacked_no_further_than_it_says(files, tmp_path):
+    path = pack(tmp_path / "images.zip", files)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train/ant/zeros.png", bytes(50_000_000))
+    content = bytearray(path.read_bytes())
+    central = content.rindex(b"PK\x01\x02")
+    content[central + 24 : central + 28] = (1000).to_bytes(4, "little")
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert list(read_folder(path, SHAPE).unreadable) == ["train/ant/zeros.png"]
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def only(files, *classes):

@@ -58,8 +58,10 @@ def read_folder(root: Path, shape: tuple[int, int, int]) -> Folder:
         with zipfile.ZipFile(root) as archive:
 
             def unpack(name: str) -> bytes:
-                _check_size(archive.getinfo(name).file_size)
-                return archive.read(name)
+                size = archive.getinfo(name).file_size
+                _check_size(size)
+                with archive.open(name) as file:
+                    return file.read(size)  # no more, whatever it unpacks to
 
             return _read(root, archive.namelist(), unpack, shape)
     except FileNotFoundError:
