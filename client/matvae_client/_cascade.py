@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import numpy.typing as npt
 
+from matvae.tensors import loads
 from matvae.v1 import codec
 from matvae_client import _calibration, _classifier, _files, _fit
 from matvae_client._classifier import PrefixClassifier
@@ -206,13 +207,13 @@ class CascadeClassifier:
         tensors, metadata = _files.read(path, FORMAT)
         try:
             stages = []
-            for number, described in enumerate(json.loads(metadata["stages"])):
+            for number, described in enumerate(loads(metadata["stages"])):
                 start = f"{number}/"
                 parts = {name.removeprefix(start): tensors[name] for name in tensors if name.startswith(start)}
                 stages.append(_classifier.from_tensors(path, parts, described))
             thresholds = tuple(map(float, metadata["thresholds"].split()))
             return cls(stages=tuple(stages), thresholds=thresholds, precision=metadata["precision"])
-        except (KeyError, ValueError, TypeError) as error:
+        except (AttributeError, KeyError, ValueError, TypeError, OverflowError) as error:
             raise FormatError(f"{path} is damaged: {error}") from None
 
     def _probabilities(self, codes: Codes) -> Sequence[npt.NDArray[np.float32]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -86,8 +87,6 @@ def rows(index: Any, codes: Codes) -> npt.NDArray[np.uint8]:
 
 def remove(index: Any, places: npt.NDArray[np.int64]) -> None:
     """Take the vectors at these positions out; those after them move up. Raises InvalidRequestError where it cannot."""
-    import faiss
-
     before = index.ntotal
     try:
         index.remove_ids(places)
@@ -101,11 +100,8 @@ def remove(index: Any, places: npt.NDArray[np.int64]) -> None:
     if lists is None:
         return  # a flat index moves the rows up by itself
     moved = np.delete(np.arange(before), places)
-    for number in range(lists.nlist):
-        size = lists.list_size(number)
-        if size:
-            held = faiss.rev_swig_ptr(lists.get_ids(number), size)
-            held[:] = np.searchsorted(moved, held)
+    for held in _numbers(lists):
+        held[:] = np.searchsorted(moved, held)
 
 
 def effort(index: Any) -> int | None:
@@ -159,6 +155,9 @@ def from_bytes(stored: npt.NDArray[np.uint8], codes: Codes, count: int) -> Any:
         raise ValueError(_reason(error)) from None
     if index.ntotal != count or index.d != (8 * codes.bytes_per_vector if binary else codes.width):
         raise ValueError(f"FAISS holds {index.ntotal} vectors of {index.d}, not {count} of {codes.width}")
+    for held in _numbers(_lists(index)):
+        if held.min() < 0 or held.max() >= count:
+            raise ValueError(f"the clusters of its FAISS index name vectors that are not among its {count}")
     _without_tables(index)
     return index
 
@@ -255,6 +254,16 @@ def _lists(index: Any) -> Any:
     """The inverted lists of an IVF index, or None."""
     holder, name = _effort_of(index)
     return holder.invlists if name == "nprobe" else None
+
+
+def _numbers(lists: Any) -> Iterator[npt.NDArray[np.int64]]:
+    """Which vectors each inverted list holds, but for those of none; arrays that can be written to."""
+    import faiss
+
+    for number in range(lists.nlist if lists is not None else 0):
+        size = lists.list_size(number)
+        if size:
+            yield faiss.rev_swig_ptr(lists.get_ids(number), size)
 
 
 def _is_plain(index: Any, bytes_per_vector: int) -> bool:

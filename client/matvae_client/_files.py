@@ -112,7 +112,10 @@ def read(path: PathLike, kind: str, *, without: str = "") -> tuple[Tensors, dict
                     else f"{path} has no known version of {kind}: {version!r}"
                 )
             names = [name for name in file.keys() if name != without]  # noqa: SIM118
-            return {name: file.get_tensor(name) for name in names}, metadata
+            try:
+                return {name: file.get_tensor(name) for name in names}, metadata
+            except (AttributeError, TypeError) as error:  # bfloat16, say, which numpy has not
+                raise FormatError(f"{path} is damaged: it has a tensor of another type: {error}") from None
     except SafetensorError as error:
         raise FormatError(f"{path} is no {kind} file, or is damaged: {error}") from None
     except OSError as error:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Self
 
+from matvae.tensors import loads
 from matvae_client import _choice, _files, _stages
 from matvae_client._checks import at_least_one, read_only
 from matvae_client._choice import Choice
@@ -168,9 +169,9 @@ class FunnelIndex:
         codes = from_tensors(path, nameless | {"codes": _files.map_tensor(path, "codes")}, metadata)
         funnel = cls.__new__(cls)
         try:
-            stages = tuple((int(dimensions), int(keep)) for dimensions, keep in json.loads(metadata["schedule"]))
+            stages = tuple((int(dimensions), int(keep)) for dimensions, keep in loads(metadata["schedule"]))
             schedule = Schedule(stages=stages, precision=metadata["shortlist_precision"])
-            choice = Choice(**json.loads(metadata["choice"])) if "choice" in metadata else None
+            choice = Choice(**loads(metadata["choice"])) if "choice" in metadata else None
             funnel._ids = Ids.from_file(tensors, metadata)
             if (
                 len(funnel._ids) != len(codes)
@@ -193,7 +194,7 @@ class FunnelIndex:
                     raise ValueError("its shortlist is not of its codes")
         except KeyError as error:
             raise FormatError(f"{path} is damaged: it has no {error}") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise FormatError(f"{path} is damaged: {error}") from None
         funnel._schedule, funnel._choice, funnel._codes = schedule, choice, codes
         funnel._shortlist = PrefixIndex(shortlist)

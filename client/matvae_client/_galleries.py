@@ -176,7 +176,7 @@ class _Pull:
                 f"{target.path} is no copy of gallery {self._request.gallery!r}, or was changed since: "
                 "pull into another folder",
             )
-        return target, int(target.source["version"])
+        return target, int(target.source.get("version", 0))
 
     def _staged(self) -> CodesDirectory | None:
         """Where rows are kept until the pull is complete, with those of a pull that was broken off if it was this."""

@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from matvae.tensors import ID_ERRORS, map_tensors, split_ids
+from matvae.tensors import ID_ERRORS, loads, map_tensors, split_ids
 from matvae.v1 import codec
 
 MANIFEST = "manifest.json"
@@ -77,7 +77,7 @@ class Manifest:
         """The manifest of a directory. Raises StoreError that names it."""
         path = folder / MANIFEST
         try:
-            fields = json.loads(path.read_bytes())
+            fields = loads(path.read_bytes())
             if not isinstance(fields, dict) or fields.get("format") != FORMAT:
                 raise StoreError(f"{path} is not the manifest of a codes directory")
             if fields["format_version"] != FORMAT_VERSION:
@@ -92,7 +92,7 @@ class Manifest:
             raise StoreError(f"{path} cannot be read: {error.strerror or error}") from None
         except StoreError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise DamagedError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
     @classmethod
@@ -113,6 +113,13 @@ class Manifest:
         for shard in manifest.shards:
             if not _PLAIN_NAME.fullmatch(shard.file):  # never out of the directory
                 raise ValueError(f"{shard.file!r} is no name of a shard")
+            if not all(isinstance(value, int) for value in (shard.rows, shard.bytes, shard.version)):
+                raise ValueError(f"rows, bytes and version of {shard.file} are no whole numbers")
+        if not all(isinstance(name, str) for ids in manifest.removed.values() for name in ids):
+            raise ValueError("what was removed is no id")
+        kinds = (("gallery", str), ("version", int), ("since", int))
+        if not all(isinstance(manifest.source.get(name, kind()), kind) for name, kind in kinds):
+            raise ValueError(f"no gallery and version is {manifest.source}")
         return manifest
 
     def dumps(self) -> bytes:

@@ -37,7 +37,7 @@ def map_tensors(path: Path, *, at_random: bool = False) -> tuple[dict[str, npt.N
         mapped.madvise(mmap.MADV_RANDOM)
     data = np.frombuffer(mapped, np.uint8)
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:start].tobytes())
+    header = loads(data[8:start].tobytes())
     tensors: dict[str, npt.NDArray[Any]] = {}
     for name, entry in header.items():
         if name != "__metadata__":
@@ -46,10 +46,20 @@ def map_tensors(path: Path, *, at_random: bool = False) -> tuple[dict[str, npt.N
     return tensors, header["__metadata__"]
 
 
+def loads(text: str | bytes) -> Any:
+    """What JSON says. Raises ValueError also where it is nested so deeply that no file of ours could be."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+
+
 def split_ids(names: npt.NDArray[Any], sizes: npt.NDArray[Any]) -> list[str]:
     """The ids of one blob, uint8, and the bytes of each, uint32 (n,). Raises ValueError where they do not fit."""
+    if names.dtype != np.uint8 or sizes.dtype != np.uint32:
+        raise ValueError(f"its ids are {names.dtype}, their sizes {sizes.dtype}, not uint8 and uint32")
     ends = np.cumsum(sizes, dtype=np.int64).tolist()
-    if names.dtype != np.uint8 or sizes.dtype != np.uint32 or (ends[-1] if ends else 0) != names.size:
+    if (ends[-1] if ends else 0) != names.size:
         raise ValueError("the sizes of its ids do not add up")
     text = names.tobytes()
     return [text[start:end].decode(errors=ID_ERRORS) for start, end in zip([0, *ends], ends, strict=False)]
