@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import math
+import re
+import struct
 import threading
 from typing import TypeAlias
 
@@ -29,6 +32,18 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 _PNG_BIT_DEPTH = 24
 """Where a PNG's header says how many bits a sample has; Pillow cuts 16-bit colours to 8 without a word."""
+
+_SIGNATURES = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff"}
+
+_MOST_SCANS = 100
+"""Of a JPEG. A progressive one has about ten, and each is work for all its pixels, however few bytes it takes."""
+_SCAN = re.compile(rb"\xff\xda\0[\6\x08\x0a\x0c\x0e][\0-\4]")
+"""A scan's header as libjpeg takes it, with its length and number of components: nothing that bytes are by chance."""
+
+_MOST_PARTS = 2**14
+"""Chunks of a PNG, segments before a JPEG's pixels: Pillow reads each in Python. libpng writes one for 8 kB."""
+_NO_LENGTH = frozenset((0x00, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)))
+"""Second bytes of the JPEG markers that Pillow takes for nothing but themselves."""
 
 # Pillow's own guard warns or raises by a limit of its own; `Limits` is lower, and is checked at the same moment.
 Image.MAX_IMAGE_PIXELS = None
@@ -112,9 +127,10 @@ def from_raw(raw: pb.RawImages, count: int, image_shape: tuple[int, int, int]) -
 def decode(file: bytes, image_shape: tuple[int, int, int], limits: Limits, budget: PixelBudget) -> Pixels:
     """A PNG, JPEG or WebP file as uint8 (height, width, channels), by the resize rule.
 
-    The size is judged from the header, before any pixel is decoded, and taken from the request's `budget`. Raises
-    ImageError.
+    The size is judged from the header, before any pixel is decoded, and taken from the request's `budget`. So is the
+    work that a small file can be. Raises ImageError.
     """
+    _check_work(file)
     try:
         image = Image.open(io.BytesIO(file), formats=FORMATS)
         _check_size(image.size, limits)
@@ -151,3 +167,41 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
         raise ImageError(f"the image is {width}x{height}; the limit is {limits.max_image_pixels} pixels")
     if min(width, height) < limits.min_image_side:
         raise ImageError(f"the image is {width}x{height}; each side must be at least {limits.min_image_side} pixels")
+
+
+def _check_work(file: bytes) -> None:
+    """Raise ImageError where a file of few bytes, and few pixels, would keep a thread busy for seconds."""
+    parts = 0
+    if file.startswith(_SIGNATURES["JPEG"]):
+        scans = sum(1 for _ in itertools.islice(_SCAN.finditer(file), _MOST_SCANS + 1))
+        if scans > _MOST_SCANS:
+            raise ImageError(f"the JPEG has more than {_MOST_SCANS} scans: save it anew")
+        parts = _count_segments(file)
+    elif file.startswith(_SIGNATURES["PNG"]):
+        parts = _count_chunks(file)
+    if parts > _MOST_PARTS:
+        raise ImageError(f"the file is in more than {_MOST_PARTS} parts: save it anew")
+
+
+def _count_chunks(file: bytes) -> int:
+    """The chunks of a PNG, as Pillow meets them; at most one more than _MOST_PARTS."""
+    position = len(_SIGNATURES["PNG"])
+    for count in range(_MOST_PARTS + 1):
+        if len(file) < position + 8 or file.startswith(b"IEND", position + 4):
+            return count
+        position += 12 + int(struct.unpack_from(">I", file, position)[0])
+    return _MOST_PARTS + 1
+
+
+def _count_segments(file: bytes) -> int:
+    """The segments before a JPEG's first scan, and bytes that are none, as Pillow meets them; as in `_count_chunks`."""
+    position = 2
+    for count in range(_MOST_PARTS + 1):
+        if len(file) < position + 4 or file.startswith(b"\xff\xda", position):
+            return count
+        first, second, length = struct.unpack_from(">BBH", file, position)
+        if first != 0xFF or second == 0xFF:
+            position += 1
+        else:
+            position += 2 if second in _NO_LENGTH else 2 + max(2, length)
+    return _MOST_PARTS + 1

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from matvae_server import images as imaging
 from matvae_server.images import ImageError, Limits, PixelBudget, decode
 
 GREY, RGB = (28, 28, 1), (32, 32, 3)
@@ -120,3 +121,50 @@ def test_formats_outside_the_contract_are_refused() -> None:
     Image.fromarray(np.zeros((28, 28), np.uint8)).save(buffer, "BMP")
     with pytest.raises(ImageError, match="not a PNG, JPEG or WEBP"):
         decode(buffer.getvalue(), GREY, LIMITS, budget())
+
+
+def jpeg(scans: int) -> bytes:
+    """A progressive JPEG whose first scan of fine detail is there that many times, in a few bytes each."""
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64), 128).save(buffer, "JPEG", progressive=True)
+    head, *rest = buffer.getvalue().removesuffix(b"\xff\xd9").split(b"\xff\xda")
+    tables = rest[0][rest[0].find(b"\xff\xc4") :]  # of the scan after it
+    body = b"".join(b"\xff\xda" + scan for scan in rest)
+    detail = b"\xff\xda" + rest[1].split(b"\xff\xc4")[0]
+    return head + body + tables + detail * (scans - len(rest)) + b"\xff\xd9"
+
+
+def chunk(kind: bytes, content: bytes = b"") -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_any_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode(jpeg(imaging._MOST_SCANS), GREY, LIMITS, budget()).shape == GREY
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        decode(jpeg(imaging._MOST_SCANS + 1), GREY, LIMITS, budget())
+
+
+def test_what_looks_like_scans_behind_a_jpeg_is_none() -> None:
+    """A phone's motion photo has a film there, in which two bytes are anything by chance."""
+    film = np.random.default_rng(0).integers(0, 256, 2**20, np.uint8).tobytes() + 200 * b"\xff\xda\x12"
+    assert decode(jpeg(10) + film, GREY, LIMITS, budget()).shape == GREY
+
+
+@pytest.mark.parametrize("filler", [chunk(b"abCd"), b"\xff\xfe\0\2", b"\xff\xff", b"\xff\xd0", b"\0"])
+def test_a_file_in_many_parts_is_refused_before_they_are_read(
+    images, filler: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = png(images.query_images[0][..., 0])
+    file, start = (picture, 33) if filler[4:8] == b"abCd" else (jpeg(10), 2)
+    first = b"" if start == 33 else b"\xff\xfe\0\2"
+    some, many = (file[:start] + first + filler * count + file[start:] for count in (2000, imaging._MOST_PARTS + 1))
+    assert decode(some, GREY, LIMITS, budget()).shape == GREY
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ImageError, match="more than 16384 parts"):
+        decode(many, GREY, LIMITS, budget())
+
+
+def test_what_stands_behind_the_end_of_a_png_is_no_part(images) -> None:
+    picture = png(images.query_images[0][..., 0])
+    assert decode(picture + bytes(12 * (imaging._MOST_PARTS + 1)), GREY, LIMITS, budget()).shape == GREY
