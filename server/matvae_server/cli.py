@@ -32,8 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 after a clean stop, 1 if it could not start or lost its GPU, 128 and the signal's number where one came before it
     was ready.
     """
-    if arguments is None:  # the process is the command's, and so are its signals
-        signals.end_at_signals()
+    if arguments is not None:
+        return _run(arguments)
+    signals.end_at_signals()  # the process is the command's, and so are its signals, and its end
+    status = _run(None)
+    signals.end(status)
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     style = _quieten_grpc(arguments)
     try:
         import grpc_health.v1  # noqa: F401

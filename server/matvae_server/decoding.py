@@ -7,7 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from matvae.v1 import embedding_pb2 as pb
@@ -103,8 +103,8 @@ class DecodePool:
         return images
 
     def close(self) -> None:
-        """End the threads, once what is being decoded is done."""
-        self.executor.shutdown(cancel_futures=True)
+        """Begin nothing more. What is being decoded goes on for nobody, and its threads end with it: `signals.end`."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
 
     def _submit(
         self, work: Callable[[], tuple[_Result, float]], over: Callable[[float | None], None]
@@ -119,5 +119,9 @@ class DecodePool:
         def tell() -> None:
             over(None if future.cancelled() or future.exception() else future.result()[1])
 
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(tell))
+        def done(_: Future[tuple[_Result, float]]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+                loop.call_soon_threadsafe(tell)
+
+        future.add_done_callback(done)
         return asyncio.wrap_future(future)

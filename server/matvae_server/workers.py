@@ -242,12 +242,15 @@ def _run_worker(config: ServerConfig, link: Connection, served: set[tuple[str, .
         asyncio.get_running_loop().add_reader(link.fileno(), _parent_is_gone, link)
 
     started: list[bool] = []
+    status = 0
     try:
         run(serve(config, ready=ready, serves=serves))
     except StartupError as error:
         link.send(str(error))
     except EncoderLostError:  # which is in the log
-        sys.exit(1)
+        status = 1
+    signals.end(status)
+    sys.exit(status)
 
 
 def _parent_is_gone(link: Connection) -> None:

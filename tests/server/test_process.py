@@ -350,3 +350,25 @@ def test_a_reload_lets_go_of_the_models_before_it() -> None:
     done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "the first encoder is gone, the second serves"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_images_that_are_still_being_decoded_do_not_keep_a_server(workers: str) -> None:
+    """The call is cut off after the drain; nobody can stop the thread."""
+    script = Path(__file__).with_name("busy_server.py")
+    command = [sys.executable, str(script), "--port", "0", "--drain-seconds", "0.2", "--workers", workers]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        with grpc.insecure_channel(ready_on(process)) as channel:
+            request = pb.EmbedRequest(encoded=pb.EncodedImages(files=[b"any"]))
+            waiting = pb_grpc.EmbeddingServiceStub(channel).Embed.future(request, timeout=60)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "decoding\n"
+            process.send_signal(signal.SIGTERM)
+            _, log = process.communicate(timeout=20)
+        assert waiting.exception() is not None
+        assert process.returncode == 0
+        assert "Traceback" not in log
+        assert "cut off" in log
+    finally:
+        process.kill()
