@@ -174,10 +174,7 @@ class Part:
 
     def ids(self) -> list[str]:
         """The ids of the rows that count."""
-        try:
-            ids = split_ids(self.names, self.sizes)
-        except ValueError as error:
-            raise StoreError(f"{self.path} is damaged: {error}") from None
+        ids = self._split(slice(None), 0, self.names.size)
         return ids if self.live is None else [ids[position] for position in self.live]
 
     def row(self, place: int) -> codec.Bytes:
@@ -186,11 +183,37 @@ class Part:
         return row
 
     def blocks(self, size: int, start: int = 0) -> Iterator[tuple[codec.Bytes, list[str]]]:
-        """The rows that count, with their ids, from the `start`-th on, at most `size` at a time."""
-        ids = self.ids()
+        """The rows that count, with their ids, from the `start`-th on, at most `size` at a time.
+
+        Of the ids no more than these are decoded: all of a large shard are more than its rows.
+        """
+        if int(self.sizes.sum(dtype=np.int64)) != self.names.size:
+            raise StoreError(f"{self.path} is damaged: the sizes of its ids do not add up")
+        row, byte = 0, 0  # before which everything was passed
         for first in range(start, len(self), size):
-            wanted = slice(first, first + size)
-            yield self.rows[wanted if self.live is None else self.live[wanted]], ids[wanted]
+            last = min(first + size, len(self))
+            live = np.arange(first, last) if self.live is None else self.live[first:last]
+            low, high = int(live[0]), int(live[-1]) + 1
+            begin = byte + int(self.sizes[row:low].sum(dtype=np.int64))
+            row, byte = high, begin + int(self.sizes[low:high].sum(dtype=np.int64))
+            ids = self._split(slice(low, high), begin, byte)
+            yield (self.rows[low:high], ids) if self.live is None else (self.rows[live], [ids[i - low] for i in live])
+
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Where the id of each row begins in `names`, and where the last one ends."""
+        return np.concatenate(([0], np.cumsum(self.sizes, dtype=np.int64)))
+
+    def name(self, starts: npt.NDArray[np.int64], place: int) -> str:
+        """The id of the `place`-th of the rows that count; `starts` are those of this part."""
+        row = place if self.live is None else int(self.live[place])
+        return self._split(slice(row, row + 1), int(starts[row]), int(starts[row + 1]))[0]
+
+    def _split(self, rows: slice, begin: int, end: int) -> list[str]:
+        """The ids of those rows, whether or not they count, which stand there in `names`. Raises StoreError."""
+        try:
+            return split_ids(self.names[begin:end], self.sizes[rows])
+        except ValueError as error:
+            raise StoreError(f"{self.path} is damaged: {error}") from None
 
 
 def parts(folder: Path, manifest: Manifest) -> Iterator[tuple[Shard, Part]]:

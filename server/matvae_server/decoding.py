@@ -19,6 +19,9 @@ from matvae_server.images import ImageError, Limits, PixelBudget, Pixels
 
 _FORGET = 0.98
 
+_READERS = 2
+"""Threads that read galleries: how much of that is wanted keeps no image waiting."""
+
 _Result = TypeVar("_Result")
 
 
@@ -44,11 +47,12 @@ class DecodePool:
 
     What is begun goes on, and counts until it is done, whether or not somebody waits. Files are the encoder's queue's
     to bound. Codes have a bound here, which `admission` holds them to, for all models together: `max_queue`, or a full
-    request for each thread and one that waits.
+    request for each thread and one that waits. `readers` is beside it, for galleries.
     """
 
     def __init__(self, threads: int, config: ServerConfig) -> None:
         self.executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="gallery")
         self._threads = threads
         self._files, self._files_waiting = Pace(threads), 0
         self._codes = Pace(threads)
@@ -104,7 +108,8 @@ class DecodePool:
 
     def close(self) -> None:
         """Begin nothing more. What is being decoded goes on for nobody, and its threads end with it: `signals.end`."""
-        self.executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (self.executor, self.readers):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def _submit(
         self, work: Callable[[], tuple[_Result, float]], over: Callable[[float | None], None]

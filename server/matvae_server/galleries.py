@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import random
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,13 +21,24 @@ from matvae import store
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server.card import Card
-from matvae_server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, Reason
+from matvae_server.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    Reason,
+    ResourceExhaustedError,
+)
+from matvae_server.places import Places
 
 MESSAGE_BYTES = 2**20
 """About how much one message of a pull holds, ids included: small beside any limit, large beside its own cost."""
 _ROWS_PER_MESSAGE = 2**14  # of short rows: each is cut from a whole one, which is read for it
 _IDS_PER_REMOVAL = 10_000
 _ENDS_KEPT = 256
+_PLACES_KEPT = 2
+
+MOST_PULLS = 32
+"""At a time in a server. Each holds some MB, however slow its reader is, until it ends."""
 
 MOST_IDS = 10_000
 """Of one pull of given ids."""
@@ -33,6 +46,26 @@ MOST_IDS = 10_000
 
 class GalleryError(ValueError):
     """The gallery cannot be served; the message says why and what to do."""
+
+
+class Pulls:
+    """Those that run in a server: MOST_PULLS at most. Not thread-safe: it lives on the event loop."""
+
+    def __init__(self) -> None:
+        self._running = 0
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[None]:
+        """A place for one, while it is entered. Raises ResourceExhaustedError where all are taken."""
+        if self._running >= MOST_PULLS:
+            raise ResourceExhaustedError(
+                f"{self._running} pulls run here, the most that may at a time", retry_after=random.uniform(1, 2)
+            )
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +77,10 @@ class Gallery:
     card: Card
     _ends: dict[tuple[bytes, int, int, str], tuple[int, str]] = dataclasses.field(default_factory=dict, repr=False)
     """Count and SHA-256 of what was pulled before, so that who asks whether anything changed costs next to nothing."""
+
+    _places: dict[bytes, Places] = dataclasses.field(default_factory=dict, repr=False)
+    """Of the versions that were last asked for ids."""
+    _indexing: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
     def open(cls, name: str, folder: Path, cards: Sequence[Card]) -> Gallery:
@@ -151,10 +188,8 @@ class Gallery:
             if getattr(request, field):
                 raise InvalidArgumentError(field, "with `ids` there is no going on from what the caller has: leave it")
         manifest, parts = self._mapped(request.version)
-        held: dict[str, codec.Bytes] = {}
         names = set(wanted)
-        for _, part in parts:
-            held |= {name: part.row(place) for place, name in enumerate(part.ids()) if name in names}
+        held = self._rows(manifest, [part for _, part in parts], names)
         unknown = [name for name in dict.fromkeys(wanted) if name not in held]
         if unknown:
             some = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
@@ -170,6 +205,18 @@ class Gallery:
         yield pb.PullGalleryResponse(
             end=pb.PullEnd(count=digest.count, sha256=digest.hexdigest(), newest_version=newest)
         )
+
+    def _rows(self, manifest: store.Manifest, parts: list[store.Part], names: set[str]) -> dict[str, codec.Bytes]:
+        """The row of each of the names that is in this version, whose index is made once."""
+        key = hashlib.sha256(manifest.dumps()).digest()
+        with self._indexing:  # once, too, where many want it at a time
+            if key not in self._places:
+                places = Places(parts)
+                while len(self._places) >= _PLACES_KEPT:
+                    del self._places[next(iter(self._places))]
+                self._places[key] = places
+            places = self._places[key]
+        return places.rows(parts, names)
 
     def _cut(self, rows: codec.Bytes, offset: int, stop: int, precision: str) -> codec.Bytes:
         """Whole float32 rows, cut and packed."""

@@ -26,7 +26,7 @@ from matvae_server.errors import (
     Reason,
     ServiceError,
 )
-from matvae_server.galleries import Gallery
+from matvae_server.galleries import Gallery, Pulls
 from matvae_server.images import Limits
 from matvae_server.models import Model, Models
 
@@ -42,8 +42,8 @@ _BROKEN_CODE: int = grpc.StatusCode.INTERNAL.value[0]
 class EmbeddingCore:
     """Answers the calls of `EmbeddingService`.
 
-    Images and codes are decoded and galleries read in `decoders`, neither on the event loop nor on the encoder's
-    thread. `galleries`, by name, may be replaced between calls.
+    Images and codes are decoded and galleries read in threads of `decoders`, neither on the event loop nor on the
+    encoder's thread. `galleries`, by name, may be replaced between calls.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class EmbeddingCore:
         self._models = models
         self._limits = limits
         self._decoders = decoders
+        self._pulls = Pulls()
 
     def refusal(self) -> ServiceError | None:
         """Why `embed` would refuse whatever it was sent now, where it would."""
@@ -178,7 +179,7 @@ class EmbeddingCore:
     async def list_galleries(self, _request: pb.ListGalleriesRequest, _call: Call) -> pb.ListGalleriesResponse:
         """Every gallery that can be read, at its newest version."""
         loop = asyncio.get_running_loop()
-        pool = self._decoders.executor
+        pool = self._decoders.readers
         summaries = (loop.run_in_executor(pool, gallery.summary) for gallery in self.galleries.values())
         galleries = []
         for found in await asyncio.gather(*summaries, return_exceptions=True):
@@ -193,7 +194,8 @@ class EmbeddingCore:
     async def pull_gallery(self, request: pb.PullGalleryRequest, call: Call) -> AsyncIterator[pb.PullGalleryResponse]:
         """The codes of a gallery, cut to the slice and precision asked for, message by message.
 
-        Raises InvalidArgumentError, NotFoundError or FailedPreconditionError before the first message.
+        Raises InvalidArgumentError, NotFoundError, FailedPreconditionError, and what `Pulls.admit` raises, before the
+        first message.
         """
         gallery = self.galleries.get(request.gallery)
         if gallery is None:
@@ -208,12 +210,13 @@ class EmbeddingCore:
             )
         offset, stop, precision = _wanted_slice(request, gallery.card.network.dimensions)
         call.model, call.dimensions, call.precision = gallery.card.name, stop - offset, precision
-        messages = gallery.pull(request, offset, stop, precision)
         loop = asyncio.get_running_loop()
-        # One message at a time: a long pull leaves the pool to others in between, and a slow reader holds no thread.
-        while (message := await loop.run_in_executor(self._decoders.executor, next, messages, None)) is not None:
-            call.bytes_out += len(message.rows.codes.data)
-            yield message
+        with self._pulls.admit():
+            messages = gallery.pull(request, offset, stop, precision)
+            # One message at a time: a long pull leaves the threads to others in between, and a slow reader holds none.
+            while (message := await loop.run_in_executor(self._decoders.readers, next, messages, None)) is not None:
+                call.bytes_out += len(message.rows.codes.data)
+                yield message
 
     async def _encode(self, model: Model, pixels: Pixels, call: Call) -> Encoded:
         if not len(pixels):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_bench.server_process import ServerProcess, ServerStartError
 from matvae_client import Codes, CodesDirectory
 from matvae_server.bundle import Bundle
-from matvae_server.errors import FailedPreconditionError
-from matvae_server.galleries import MESSAGE_BYTES, MOST_IDS, Gallery, GalleryError
+from matvae_server.errors import FailedPreconditionError, NotFoundError
+from matvae_server.galleries import MESSAGE_BYTES, MOST_IDS, MOST_PULLS, Gallery, GalleryError
+from matvae_server.places import Places
 
 TIMEOUT = 30
 ROWS = 5000
@@ -320,3 +322,109 @@ def test_ids_that_cannot_travel_are_refused_at_the_start(random_codes: Codes, bu
     directory.append(dataclasses.replace(random_codes[:1], ids=("caf\udce9.png",)))
     with pytest.raises(GalleryError, match="not UTF-8"):
         Gallery.open("names", directory.path, [bundle.card])
+
+
+def test_blocks_of_rows_have_their_ids_wherever_they_begin(random_codes: Codes, tmp_path: Path) -> None:
+    directory = CodesDirectory(tmp_path / "gallery")
+    directory.append(random_codes[:100])
+    names = random_codes.ids or ()
+    directory.remove([names[0], *names[10:45], names[99]])
+    removed, whole = store.Manifest.read(directory.path), store.Manifest.read(directory.path).at(1)
+    for manifest, left in ((whole, range(100)), (removed, [*range(1, 10), *range(45, 99)])):
+        ((_, part),) = store.parts(directory.path, manifest)
+        for size in (1, 7, 200):
+            for start in (0, 3, 11, len(left)):
+                blocks = list(part.blocks(size, start))
+                assert [name for _, ids in blocks for name in ids] == [names[place] for place in left[start:]]
+                rows = [rows for rows, _ in blocks] or [random_codes.rows[:0]]
+                assert np.array_equal(np.concatenate(rows), random_codes.rows[list(left[start:])])
+
+
+def test_a_pull_decodes_the_ids_of_a_message_at_a_time(
+    gallery: CodesDirectory, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow reader would else hold those of a whole shard."""
+    decoded: list[int] = []
+    split = store.split_ids
+    monkeypatch.setattr(store, "split_ids", lambda names, sizes: (decoded.append(len(sizes)), split(names, sizes))[1])
+    found = Gallery(name="random", folder=gallery.path, card=bundle.card)
+    messages = list(found.pull(pb.PullGalleryRequest(), 0, 128, "float32"))
+    assert decoded == [message.rows.codes.count for message in messages if message.HasField("rows")]
+
+
+def test_where_ids_are_is_looked_up_once_for_a_version(
+    random_codes: Codes, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = CodesDirectory(tmp_path / "gallery")
+    directory.append(random_codes[:50])
+    directory.append(random_codes[50:90])
+    names = random_codes.ids or ()
+    found = Gallery(name="random", folder=directory.path, card=bundle.card)
+    indices: list[Places] = []
+
+    class Counted(Places):
+        def __init__(self, parts: list[store.Part]) -> None:
+            super().__init__(parts)
+            indices.append(self)
+
+    monkeypatch.setattr("matvae_server.galleries.Places", Counted)
+
+    def rows(*wanted: int, version: int = 0) -> np.ndarray:
+        request = pb.PullGalleryRequest(ids=[names[place] for place in wanted], version=version)
+        data = b"".join(message.rows.codes.data for message in found.pull(request, 0, 128, "float32"))
+        return np.frombuffer(data, np.uint8).reshape(len(wanted), -1)
+
+    for wanted in ([89, 0, 50, 49], [3], [3, 3, 88]):
+        assert np.array_equal(rows(*wanted), random_codes.rows[wanted])
+    assert len(indices) == 1
+    directory.remove([names[3]])
+    assert np.array_equal(rows(4, 2), random_codes.rows[[4, 2]])
+    with pytest.raises(NotFoundError):
+        rows(3)
+    assert np.array_equal(rows(3, version=2), random_codes.rows[[3]])
+    assert len(indices) == 2
+    for place in (90, 91, 92):
+        directory.append(random_codes[place : place + 1])
+        rows(place)
+    assert len(found._places) == 2
+
+
+def test_names_of_one_hash_are_told_apart(
+    gallery: CodesDirectory, random_codes: Codes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matvae_server.places.hash", len, raising=False)
+    parts = [part for _, part in store.parts(gallery.path, store.Manifest.read(gallery.path))]
+    found = Places(parts).rows(parts, ["ü7", "ü3999", "none"])
+    assert sorted(found) == ["ü3999", "ü7"]
+    assert np.array_equal(found["ü3999"], random_codes.rows[3999])
+
+
+def test_more_pulls_than_a_server_reads_at_a_time_are_told_to_come_back(keeper: pb_grpc.EmbeddingServiceStub) -> None:
+    request = pb.PullGalleryRequest(gallery="random")
+    slow = [keeper.PullGallery(request, timeout=TIMEOUT) for _ in range(MOST_PULLS)]  # who read one message each
+    for messages in slow:
+        assert next(messages).HasField("start")
+    with pytest.raises(grpc.RpcError) as refused:
+        next(keeper.PullGallery(request, timeout=TIMEOUT))
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "32 pulls run here, the most that may at a time; come back in" in refused.value.details()
+    assert "grpc-retry-pushback-ms" in dict(refused.value.trailing_metadata())
+    assert list(slow[0])[-1].HasField("end")
+    assert [message.WhichOneof("part") for message in pull(keeper, ids=["ü1"])] == ["start", "rows", "end"]
+    for messages in slow[1:]:
+        messages.cancel()
+    deadline = time.monotonic() + TIMEOUT
+    while not all_begin(keeper):  # until the server has heard of it
+        assert time.monotonic() < deadline
+
+
+def all_begin(stub: pb_grpc.EmbeddingServiceStub) -> bool:
+    """Whether as many as may have their first message at a time."""
+    calls = [stub.PullGallery(pb.PullGalleryRequest(gallery="random"), timeout=TIMEOUT) for _ in range(MOST_PULLS)]
+    try:
+        return all([next(messages).HasField("start") for messages in calls])
+    except grpc.RpcError:
+        return False
+    finally:
+        for messages in calls:
+            messages.cancel()
