@@ -27,6 +27,7 @@ from matvae_server.errors import (
     UnimplementedError,
 )
 from matvae_server.images import Limits, Pixels
+from matvae_server.sessions import open_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -95,14 +96,9 @@ class Decoder:
             raise UnimplementedError("this server cannot decode: it needs onnxruntime, pip install 'matvae[server]'")
         if self._broken:
             raise self._unusable()
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # the pool that calls has as many threads as there are cores
-        options.inter_op_num_threads = 1
         try:
-            # From the bytes that were checked against their hash, not from the file, which may have changed since.
-            return onnxruntime.InferenceSession(self._bundle.decoder_onnx, options, providers=["CPUExecutionProvider"])
+            # One thread: the pool that calls has as many as there are cores.
+            return open_session(self._bundle.decoder_onnx, threads=1)
         except Exception as error:  # onnxruntime raises classes of its own for each thing that is wrong
             self._broken = True
             raise self._unusable(error) from error

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from matvae.v1 import embedding_pb2 as pb
 from matvae_server.bundle import ENCODER, Bundle, BundleError
+from matvae_server.sessions import open_session
 
 NAMES = ("auto", "onnxruntime", "torch")
 COMPUTE_PRECISIONS: dict[str, pb.ComputePrecision] = {
@@ -58,18 +59,8 @@ class OnnxEncoder:
     compute_precision = pb.COMPUTE_PRECISION_FP32
 
     def __init__(self, bundle: Bundle, *, threads: int) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # Spinning burns a core between batches, which the event loop and the neighbours need.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            # From the bytes that were checked against their hash, not from the file, which may have changed since.
-            self._session = onnxruntime.InferenceSession(
-                bundle.encoder_onnx, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = open_session(bundle.encoder_onnx, threads=threads)
         except Exception as error:  # onnxruntime raises classes of its own for each thing that is wrong
             raise BundleError(f"{bundle.path / ENCODER} is not a model that onnxruntime reads: {error}") from None
 

@@ -1,10 +1,12 @@
 """Both runtimes compute the same codes, and a code does not depend on the batch that it rode in (contract 5)."""
 
 import base64
+import dataclasses
 import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ import pytest
 from matvae.v1 import codec
 from matvae_server import bundle as bundles
 from matvae_server import runtimes
+from matvae_server.decoder import Decoder
+from matvae_server.errors import InternalError
 
 AGREEMENT = 1e-4
 ROUNDING = 1e-5
@@ -109,3 +113,54 @@ def test_an_encoder_that_is_no_onnx_is_refused(bundle_copy: Path, bundle: bundle
     )
     with pytest.raises(bundles.BundleError, match=r"encoder\.onnx is not a model that onnxruntime reads"):
         runtimes.choose("onnxruntime", bundles.load(bundle_copy), threads=1)
+
+
+def elsewhere(tensor: Any, place: Path) -> None:
+    """Move a tensor of a graph into a file, in the working directory."""
+    place.write_bytes(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = 1
+    tensor.external_data.add(key="location", value=place.name)
+
+
+@pytest.mark.parametrize("where", ["initializer", "attribute", "subgraph", "function"])
+def test_a_graph_that_reads_other_files_is_refused(
+    bundle: bundles.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Whoever made it would have any file of the folder where the server runs come out as codes."""
+    import onnx
+
+    monkeypatch.chdir(tmp_path)
+    model = onnx.load_from_string(bundle.encoder_onnx)
+    tensor = next(tensor for tensor in model.graph.initializer if len(tensor.raw_data) > 100)
+    if where != "initializer":
+        constant = onnx.helper.make_node("Constant", [], ["far"], value=tensor)
+        tensor = constant.attribute[0].t
+        elsewhere(tensor, tmp_path / "secret")
+        if where == "attribute":
+            model.graph.node.append(constant)
+        elif where == "subgraph":
+            branch = onnx.helper.make_graph([constant], "branch", [], [])
+            model.graph.node.append(onnx.helper.make_node("If", ["some"], ["far"], then_branch=branch))
+        else:
+            model.functions.add(name="f", domain="d").node.append(constant)
+    else:
+        elsewhere(tensor, tmp_path / "secret")
+    spoilt = dataclasses.replace(bundle, encoder_onnx=model.SerializeToString(), decoder_onnx=model.SerializeToString())
+    with pytest.raises(bundles.BundleError, match=r"encoder\.onnx .* keeps tensors in other files"):
+        runtimes.choose("onnxruntime", spoilt, threads=1)
+    with pytest.raises(InternalError, match="cannot be used"):
+        Decoder(spoilt).load()
+
+
+def test_a_graph_of_another_format_of_onnxruntimes_is_refused(bundle: bundles.Bundle, tmp_path: Path) -> None:
+    """In which no look for other files would find any."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "encoder.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(bundle.encoder_onnx, options, providers=["CPUExecutionProvider"])
+    spoilt = dataclasses.replace(bundle, encoder_onnx=(tmp_path / "encoder.ort").read_bytes())
+    with pytest.raises(bundles.BundleError, match="is not a model that onnxruntime reads"):
+        runtimes.choose("onnxruntime", spoilt, threads=1)
