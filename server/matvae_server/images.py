@@ -16,6 +16,7 @@ import math
 import re
 import struct
 import threading
+import warnings
 from typing import TypeAlias
 
 import numpy as np
@@ -47,6 +48,9 @@ _NO_LENGTH = frozenset((0x00, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)))
 
 # Pillow's own guard warns or raises by a limit of its own; `Limits` is lower, and is checked at the same moment.
 Image.MAX_IMAGE_PIXELS = None
+
+# It warns once for each entry of malformed EXIF, of which an image of 800 kB has 65,535; a log is no place for them.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(ValueError):

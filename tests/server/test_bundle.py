@@ -69,7 +69,7 @@ def test_a_network_of_a_newer_version_says_so(bundle_copy: Path) -> None:
         bundles.load(bundle_copy)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b'{"format": "1"}', b"\xff\xfe"])
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"format": "1"}', b"\xff\xfe", pytest.param(b"[" * 200_000, id="deep")])
 def test_a_card_that_is_no_card_is_refused(bundle_copy: Path, text: bytes) -> None:
     (bundle_copy / bundles.CARD).write_bytes(text)
     with pytest.raises(bundles.BundleError, match=r"card\.json"):

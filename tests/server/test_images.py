@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -168,3 +170,18 @@ def test_a_file_in_many_parts_is_refused_before_they_are_read(
 def test_what_stands_behind_the_end_of_a_png_is_no_part(images) -> None:
     picture = png(images.query_images[0][..., 0])
     assert decode(picture + bytes(12 * (imaging._MOST_PARTS + 1)), GREY, LIMITS, budget()).shape == GREY
+
+
+def test_malformed_exif_is_not_warned_of(images) -> None:
+    """In a process of its own, whose filters of warnings are the server's; here each is an error."""
+    entries = b"".join(struct.pack(">HHII", tag, 1, 10**6, 8) for tag in range(3))  # whose values are not in the file
+    exif = b"MM\0*\0\0\0\x08\0\3" + entries + bytes(4)
+    picture = png(images.query_images[0][..., 0])
+    file = picture[:33] + chunk(b"eXIf", exif) + picture[33:]
+    code = (
+        "import sys; from matvae_server.images import Limits, PixelBudget, decode\n"
+        "decode(sys.stdin.buffer.read(), (28, 28, 1), Limits(), PixelBudget(2**20))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=file, capture_output=True, check=True, timeout=60)
+    assert done.stderr == b""
