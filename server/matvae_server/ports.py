@@ -9,14 +9,22 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from matvae_server.config import ServerConfig, bracketed
-from matvae_server.transport import SERVICE
+from matvae_server.public import MOST_BYTES, Health, Public
 
-SERVICE_NAME: str = SERVICE.full_name
 FLUSH_SECONDS = 0.5
 """How long replies that are written may take to leave once no call is running; health watchers are cut off then."""
+
+HEALTH_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MOST_BYTES),
+    ("grpc.max_concurrent_streams", 100),
+]
+"""Of the port for probes."""
+
+MOST_STREAMS = 4096
+"""Calls of one connection at a time; a client keeps back what is beyond. Ours has 1,024 images in flight, at most."""
 
 
 Result = TypeVar("Result")
@@ -43,6 +51,7 @@ def options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", int(config.workers > 1)),
         ("grpc.max_receive_message_length", config.limits.max_message_bytes),
         ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", MOST_STREAMS),
         ("grpc.keepalive_time_ms", int(1000 * config.keepalive_seconds)),
         # The answer's timeout has two names: today's gRPC heeds the second, a minute by default, older ones the first.
         ("grpc.keepalive_timeout_ms", int(1000 * config.keepalive_seconds / 3)),
@@ -58,25 +67,17 @@ def options(config: ServerConfig) -> list[tuple[str, int]]:
     return options
 
 
-async def say_serving(servicer: health.aio.HealthServicer, serving: bool = True) -> None:
-    """The server as a whole, and its service, answer calls now; or do not."""
-    status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-    for name in ("", SERVICE_NAME):
-        await servicer.set(name, status)
-
-
 @contextlib.asynccontextmanager
-async def serve_health(config: ServerConfig, servicer: health.aio.HealthServicer) -> AsyncIterator[str | None]:
-    """While it lasts, `servicer` answers on the plaintext port for probes: its address, None where there is none.
+async def serve_health(config: ServerConfig, health: Health) -> AsyncIterator[str | None]:
+    """While it lasts, `health` is told on the plaintext port for probes: its address, None where there is none.
 
-    It is not serving until told that it is. Raises StartupError where the port is not to be had.
+    Raises StartupError where the port is not to be had.
     """
-    await say_serving(servicer, False)
     if config.health_port is None:
         yield None
         return
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    server = grpc.aio.server(options=HEALTH_OPTIONS)
+    server.add_generic_rpc_handlers((Public().health(health),))
     address = listen(server, config, config.health_port, "--health-port")
     await server.start()
     try:

@@ -24,9 +24,10 @@ from matvae_server.config import ServerConfig
 from matvae_server.decoding import DecodePool
 from matvae_server.errors import NotFoundError, UnauthenticatedError
 from matvae_server.models import Models
+from matvae_server.public import SERVICE
 from matvae_server.server import SWITCH_SECONDS, open_galleries
 from matvae_server.service import EmbeddingCore
-from matvae_server.transport import SERVICE, method_handlers
+from matvae_server.transport import method_handlers
 
 Reply = TypeVar("Reply")
 

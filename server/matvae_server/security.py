@@ -23,7 +23,7 @@ from grpc_health.v1 import health
 from matvae_server.calls import Observer, refuse
 from matvae_server.config import Security
 from matvae_server.errors import UnauthenticatedError
-from matvae_server.transport import REFLECTION
+from matvae_server.public import REFLECTION
 
 OPEN_SERVICES = (health.SERVICE_NAME, *REFLECTION)
 """What a caller without a token may still ask: whether the server lives, and what it speaks."""

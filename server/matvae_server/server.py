@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 
 import grpc
-from grpc_health.v1 import health
 
 from matvae_server import logs, security
 from matvae_server.batcher import EncoderLostError
@@ -27,9 +26,9 @@ from matvae_server.ports import (
     StartupError,
     listen,
     options,
-    say_serving,
     serve_health,
 )
+from matvae_server.public import Health
 from matvae_server.service import EmbeddingCore
 from matvae_server.transport import add_to_server
 
@@ -67,8 +66,8 @@ async def serve(
         if config.workers == 1:
             address = listen(server, config, config.port, "--port", credentials)
         decoders = stack.enter_context(contextlib.closing(DecodePool(min(cores(), MOST_DECODERS), config)))
-        health_servicer = health.aio.HealthServicer()
-        health_address = await stack.enter_async_context(serve_health(config, health_servicer))
+        health = Health()
+        health_address = await stack.enter_async_context(serve_health(config, health))
         models = Models(config, metrics.observe_batch) if metrics else Models(config)
         try:
             fresh = await models.prepare()
@@ -84,11 +83,11 @@ async def serve(
             metrics.live, metrics.decoding = models.live, decoders.admission
         core = EmbeddingCore(models, limits=config.limits, decoders=decoders, galleries=galleries)
         adapter = GrpcAdapter(core, observers, metrics.observe_part if metrics else None)
-        add_to_server(adapter, health_servicer, server)
+        add_to_server(adapter, health, server)
         stopped = stop_signal(again_ends=config.workers == 1)
         lost: list[EncoderLostError] = []
         models.on_lost = functools.partial(_lose, lost, stopped)
-        await say_serving(health_servicer)
+        health.say(True)
         gc.collect()
         gc.freeze()  # what is here stays: the collector need not look at it under load
         await server.start()
@@ -97,7 +96,7 @@ async def serve(
             await stopped.wait()
         log.info("draining")
         adapter.refuse()
-        await health_servicer.enter_graceful_shutdown()
+        health.end()
         if not await adapter.idle(config.drain_seconds):
             log.warning("calls still running after %.0f s were cut off", config.drain_seconds)
         await server.stop(FLUSH_SECONDS)

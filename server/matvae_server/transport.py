@@ -8,16 +8,9 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from matvae.v1 import embedding_pb2 as pb
 from matvae_server.calls import GrpcAdapter, Malformed
-
-SERVICE = pb.DESCRIPTOR.services_by_name["EmbeddingService"]
-
-REFLECTION = ("grpc.reflection.v1.ServerReflection", reflection.SERVICE_NAME)
-"""Two names of one service, whose messages are the same. Tools ask for the newer first; grpcio has the older alone."""
+from matvae_server.public import SERVICE, Health, Public
 
 # By (client streams, server streams).
 _KINDS = {
@@ -27,22 +20,14 @@ _KINDS = {
 }
 
 
-def add_to_server(adapter: GrpcAdapter, health_servicer: health.aio.HealthServicer, server: grpc.aio.Server) -> None:
-    """Hang in the service, health and reflection."""
-    generic = _Generic(server)
-    generic.add_generic_rpc_handlers((_Service(adapter),))
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, generic)
-    names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)  # whose descriptors are here
-    servicer = reflection.aio.ReflectionServicer(names)
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, generic)
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    generic.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(REFLECTION[0], {"ServerReflectionInfo": handler}),)
-    )
+def add_to_server(adapter: GrpcAdapter, health: Health, server: grpc.aio.Server) -> None:
+    """Hang in the service, health and reflection, as generic handlers.
+
+    For every registered method grpc.aio keeps a future, and looks at each of them whenever a call comes in: twelve,
+    with health and reflection. All generic handlers share one.
+    """
+    public = Public()
+    server.add_generic_rpc_handlers((_Service(adapter), public.health(health), *public.reflection()))
 
 
 class _Service(grpc.GenericRpcHandler):
@@ -71,20 +56,6 @@ class _Service(grpc.GenericRpcHandler):
 
         # Of a stream nothing is received until its handler asks: and receiving is a good part of what refusing costs.
         return grpc.stream_stream_rpc_method_handler(end)
-
-
-class _Generic:
-    """What generated code takes for a server; it gives the server generic handlers alone.
-
-    For every registered method grpc.aio keeps a future, and looks at each of them whenever a call comes in: twelve,
-    with health and reflection. All generic handlers share one.
-    """
-
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
-
-    def add_registered_method_handlers(self, _service: str, _handlers: object) -> None:
-        """The generic handlers do."""
 
 
 def _parser(message: type[Message]) -> Callable[[bytes], Any]:

@@ -15,17 +15,16 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-from grpc_health.v1 import health
-
 from matvae_server import logs, metrics, signals
 from matvae_server.batcher import EncoderLostError
 from matvae_server.config import ServerConfig, bracketed
-from matvae_server.ports import StartupError, run, say_serving, serve_health
+from matvae_server.ports import StartupError, run, serve_health
+from matvae_server.public import Health
 from matvae_server.server import Stop, serve, start_lines, stop_signal
 
 _BACKOFF = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -46,13 +45,13 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
             metrics_url = stack.enter_context(metrics.of_workers(config))
         except metrics.MetricsError as error:
             raise StartupError(str(error)) from None
-        health_servicer = health.aio.HealthServicer()
-        health_address = await stack.enter_async_context(serve_health(config, health_servicer))
+        health = Health()
+        health_address = await stack.enter_async_context(serve_health(config, health))
         port = stack.enter_context(_reserved(config))
         stopped = stop_signal(again_ends=True)
 
-        async def say_whether_any() -> None:
-            await say_serving(health_servicer, any(worker.ready for worker in workers))
+        def say_whether_any() -> None:
+            health.say(any(worker.ready for worker in workers))
 
         own = dataclasses.replace(config, port=port, health_port=None)
 
@@ -63,11 +62,11 @@ async def serve_with_workers(config: ServerConfig, *, ready: Callable[[str, list
         try:
             models = await _before(stopped, asyncio.gather(*(worker.start() for worker in workers)))
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload_all, workers)
-            await say_whether_any()
+            say_whether_any()
             ready(f"{bracketed(config.host)}:{port}", start_lines(health_address, metrics_url, models[0]))
             keepers = [asyncio.create_task(worker.keep()) for worker in workers]
             await stopped.wait()
-            await health_servicer.enter_graceful_shutdown()
+            health.end()
             for keeper in keepers:
                 keeper.cancel()
         finally:
@@ -93,7 +92,7 @@ async def _before(stopped: Stop, starting: asyncio.Future[list[list[str]]]) -> l
 
 
 class _Worker:
-    """One worker process, and the one that takes its place when it dies. `changed` is awaited when `ready` does.
+    """One worker process, and the one that takes its place when it dies. `changed` is called when `ready` does.
 
     `served` tells what the workers that live serve: what takes its place serves the same, or does not start.
     """
@@ -102,7 +101,7 @@ class _Worker:
         self,
         config: ServerConfig,
         number: int,
-        changed: Callable[[], Awaitable[None]],
+        changed: Callable[[], None],
         served: Callable[[], set[tuple[str, ...]]],
     ) -> None:
         self.ready = False
@@ -154,7 +153,7 @@ class _Worker:
         while True:
             await self.ended()
             self.ready = False
-            await self._changed()
+            self._changed()
             lived = asyncio.get_running_loop().time() - self._started
             failures = 0 if lived > _LONG_ENOUGH else failures
             status = self.process.exitcode if self.process else None
@@ -165,7 +164,7 @@ class _Worker:
                 failures += 1
                 await asyncio.sleep(delay)
                 why = await self._why_not_started()
-            await self._changed()
+            self._changed()
             log.info("%s is ready again", self._name)
 
     async def _why_not_started(self) -> str | None:

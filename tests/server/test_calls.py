@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from PIL import Image
 
@@ -22,6 +22,7 @@ from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_server.calls import GrpcAdapter
 from matvae_server.card import fingerprint
 from matvae_server.errors import ResourceExhaustedError, ServiceError, UnauthenticatedError
+from matvae_server.public import Health
 from matvae_server.security import TokenInterceptor, Tokens
 from matvae_server.transport import add_to_server
 
@@ -287,7 +288,7 @@ def test_what_is_refused_unread_leaves_nothing_to_the_garbage_collector(stranger
 
     async def main() -> None:
         server = grpc.aio.server(interceptors=(TokenInterceptor(Closed()),) if stranger else ())
-        add_to_server(Full(None), health.aio.HealthServicer(), server)
+        add_to_server(Full(None), Health(), server)
         port = server.add_insecure_port("localhost:0")
         await server.start()
         async with grpc.aio.insecure_channel(f"localhost:{port}") as channel:
