@@ -30,15 +30,33 @@ def configure(style: str) -> None:
     """Write every logger's lines, gRPC's and Python's warnings among them, as "text" or "json"."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
-    handler.addFilter(_is_news)
+    handler.addFilter(_News())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """gRPC logs a traceback for every caller who goes in the middle of a reply, which is nobody's fault."""
-    gone = record.exc_info and record.exc_info[0] and record.exc_info[0].__name__ == "ExecuteBatchError"
-    return not (gone and record.name.startswith("grpc."))
+class _News(logging.Filter):
+    """Keeps back what gRPC says too often, and what no log may have.
+
+    It logs a traceback for every caller who goes in the middle of a reply, which is nobody's fault. And, for every call
+    whose metadata are not UTF-8, what stands there: a token, say, or kilobytes of a stranger's. That is said once.
+    """
+
+    _told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See logging.Filter."""
+        if not record.name.startswith("grpc."):
+            return True
+        if "Invalid encoding" in str(record.msg):
+            news, self._told = not self._told, True
+            record.msg, record.args = (
+                "a call came whose metadata are not UTF-8; there may be more, which are not said",
+                (),
+            )
+            record.exc_info = record.exc_text = None
+            return news
+        return not (record.exc_info and record.exc_info[0] and record.exc_info[0].__name__ == "ExecuteBatchError")
 
 
 def say_fatal(style: str, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
+import socket
 import subprocess
 import sys
 import time
@@ -234,6 +235,35 @@ def test_tokens_change_without_a_restart_and_stand_in_no_log(start_server, tmp_p
     assert status == 0
     assert f"read 1 tokens from {path}" in said
     assert "s3cret" not in said + "".join(told)
+
+
+def test_metadata_that_are_not_utf_8_are_told_once_and_without_them(files: Files) -> None:
+    """Of such metadata gRPC would log what they are, twice for each call."""
+    with ServerProcess("--token-file", str(files.tokens), "--log-format", "json") as server:
+        host, _, port = server.address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=10) as peer:
+            sent = {
+                b":method": b"POST",
+                b":scheme": b"http",
+                b":path": b"/matvae.v1.EmbeddingService/Embed",
+                b":authority": b"x",
+                b"te": b"trailers",
+                b"content-type": b"application/grpc",
+                b"authorization": f"Bearer {TOKEN}".encode() + b"\xff",
+            }
+            block = b"".join(b"\0" + bytes([len(k)]) + k + bytes([len(v)]) + v for k, v in sent.items())
+            peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+            for stream in (1, 3, 5):
+                peer.sendall(bytes([0, 0, len(block), 1, 5, 0, 0, 0, stream]) + block)
+            received, refused = peer.makefile("rb"), 0
+            while refused < 3:
+                start = received.read(9)
+                received.read(int.from_bytes(start[:3], "big"))
+                refused += start[3] == 1  # HEADERS: what ends a call is all that there is of it
+        _, log = server.stop()
+    assert log.count("not UTF-8") == 1
+    assert "Traceback" not in log
+    assert TOKEN not in log
 
 
 def test_a_token_file_that_goes_bad_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
