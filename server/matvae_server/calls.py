@@ -19,7 +19,7 @@ from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_server import logs
 from matvae_server.call import Call, OnPart
-from matvae_server.errors import InternalError, InvalidArgumentError, ServiceError, UnavailableError
+from matvae_server.errors import InternalError, InvalidArgumentError, ServiceError, UnavailableError, brief
 from matvae_server.service import EmbeddingCore
 
 REQUEST_ID = "x-request-id"
@@ -27,7 +27,6 @@ REQUEST_ID = "x-request-id"
 
 _PROCESS = secrets.token_hex(4)  # and a count: asking the system for each call's name would cost more than the name
 _CALLS = itertools.count()
-_LONGEST = 1000
 _DETAILS = "grpc-status-details-bin"
 _NAMEABLE = re.compile(r"[\x21-\x7e]{1,64}")
 
@@ -235,12 +234,11 @@ async def _abort(context: Any, error: ServiceError, call: Call) -> NoReturn:
 
 def _ending(error: ServiceError, call: Call) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """The text of a call's status, and its trailers: the details are a google.rpc.Status there (grpc/proposal L44)."""
-    text = str(error)
-    if len(text) > _LONGEST:  # metadata has a limit; beyond it the caller would be told that something was exhausted
-        text = text[:_LONGEST] + "..."
+    whole = str(error)
+    text = brief(whole)
     details = (
         []
-        if len(text) > _LONGEST
+        if text != whole
         else [
             any_pb2.Any(
                 type_url=f"type.googleapis.com/{message.DESCRIPTOR.full_name}", value=message.SerializeToString()

@@ -30,6 +30,21 @@ from matvae.v1 import embedding_pb2 as pb
 DOMAIN = "matvae"
 """Whose reasons these are, in `google.rpc.ErrorInfo`."""
 
+LONGEST = 1000
+"""Bytes of a message: beyond some 8 kB of metadata a caller would be told that something was exhausted."""
+_LONGEST_NAME = 100
+
+
+def brief(text: str) -> str:
+    """A message as callers get it: its first LONGEST bytes."""
+    data = text[: LONGEST + 1].encode()
+    return text if len(data) <= LONGEST else data[:LONGEST].decode(errors="ignore") + "..."
+
+
+def named(name: str) -> str:
+    """A caller's own name for something, in quotes; of a long one the beginning: it may have 16 MiB."""
+    return repr(name) if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]!r}..."
+
 
 class Reason(enum.StrEnum):
     """What a program can tell apart, where a status means several things."""
@@ -66,7 +81,7 @@ class ServiceError(Exception):
 
     def to_proto(self) -> pb.CallError:
         """What a stream says of one of its requests."""
-        return pb.CallError(code=self.status.value[0], message=str(self), reason=self.reason)
+        return pb.CallError(code=self.status.value[0], message=brief(str(self)), reason=self.reason)
 
 
 class InvalidArgumentError(ServiceError):
@@ -88,7 +103,7 @@ class InvalidArgumentError(ServiceError):
     def to_proto(self) -> pb.CallError:
         """With the field, which the message then need not name."""
         error = super().to_proto()
-        error.message, error.field = self.description, self.field
+        error.message, error.field = brief(self.description), self.field
         return error
 
 

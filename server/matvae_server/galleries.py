@@ -181,9 +181,9 @@ class Gallery:
         self, request: pb.PullGalleryRequest, offset: int, stop: int, precision: str
     ) -> Iterator[pb.PullGalleryResponse]:
         """The messages of a pull of the request's ids."""
+        if len(request.ids) > MOST_IDS:
+            raise InvalidArgumentError("ids", f"{len(request.ids)} are too many: at most {MOST_IDS} in one pull")
         wanted = list(request.ids)
-        if len(wanted) > MOST_IDS:
-            raise InvalidArgumentError("ids", f"{len(wanted)} are too many: at most {MOST_IDS} in one pull")
         for field in ("since_version", "position"):
             if getattr(request, field):
                 raise InvalidArgumentError(field, "with `ids` there is no going on from what the caller has: leave it")

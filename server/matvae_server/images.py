@@ -107,10 +107,11 @@ def check_count(count: int, limits: Limits, field: str) -> None:
 
 def count_raw(raw: pb.RawImages, image_shape: tuple[int, int, int], limits: Limits) -> int:
     """How many images a request says it has. Raises InvalidArgumentError where their shape is not the model's."""
-    shape = tuple(raw.shape)
+    shape = tuple(raw.shape[:5])  # there may be millions
     if len(shape) != 4 or shape[1:] != image_shape:
         expected = ", ".join(map(str, image_shape))
-        raise InvalidArgumentError("raw.shape", f"{list(shape)} is not [n, {expected}], the shape this model takes")
+        said = list(shape) if len(raw.shape) <= len(shape) else f"of {len(raw.shape)} numbers"
+        raise InvalidArgumentError("raw.shape", f"{said} is not [n, {expected}], the shape this model takes")
     check_count(shape[0], limits, "raw.shape")
     return shape[0]
 

@@ -22,7 +22,7 @@ from matvae_server.batcher import Batcher, EncoderLostError
 from matvae_server.bundle import Bundle, BundleError
 from matvae_server.config import ServerConfig
 from matvae_server.decoder import Decoder
-from matvae_server.errors import FailedPreconditionError, NotFoundError, Reason, ServiceError
+from matvae_server.errors import FailedPreconditionError, NotFoundError, Reason, ServiceError, named
 from matvae_server.runtimes import Encoder
 
 QUEUE_SECONDS = 0.025
@@ -113,7 +113,9 @@ class Models:
         """
         model = self._by_name.get(name) if name else self.default
         if model is None:
-            raise NotFoundError(Reason.MODEL_NOT_FOUND, f"no model {name!r} here; live: {', '.join(self._by_name)}")
+            raise NotFoundError(
+                Reason.MODEL_NOT_FOUND, f"no model {named(name)} here; live: {', '.join(self._by_name)}"
+            )
         if expected_fingerprint in ("", model.fingerprint):
             return model
         retiring = self._retiring.get((model.bundle.card.name, expected_fingerprint))
@@ -123,7 +125,8 @@ class Models:
         raise FailedPreconditionError(
             Reason.FINGERPRINT_MISMATCH,
             f"model {model.bundle.card.name!r} has fingerprint {' and, for a while, '.join(live)}, not the expected "
-            f"{expected_fingerprint}: codes of the two do not mix; fetch the model again and recompute what you store",
+            f"{named(expected_fingerprint)}: codes of the two do not mix; fetch the model again and recompute what you "
+            "store",
         )
 
     async def prepare(self) -> dict[str, Model]:

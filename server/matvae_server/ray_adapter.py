@@ -22,7 +22,7 @@ from matvae_server.batcher import EncoderLostError
 from matvae_server.calls import GrpcAdapter, Observer, refuse
 from matvae_server.config import ServerConfig
 from matvae_server.decoding import DecodePool
-from matvae_server.errors import NotFoundError, UnauthenticatedError
+from matvae_server.errors import NotFoundError, UnauthenticatedError, named
 from matvae_server.models import Models
 from matvae_server.public import SERVICE
 from matvae_server.server import SWITCH_SECONDS, open_galleries
@@ -175,7 +175,7 @@ class Replica:
         if request.service in ("", SERVICE.full_name):
             return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
         grpc_context.set_code(NotFoundError.status)
-        grpc_context.set_details(f"no service {request.service!r} here")
+        grpc_context.set_details(f"no service {named(request.service)} here")
         return health_pb2.HealthCheckResponse()
 
     async def _answer(

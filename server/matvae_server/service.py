@@ -25,6 +25,7 @@ from matvae_server.errors import (
     NotFoundError,
     Reason,
     ServiceError,
+    named,
 )
 from matvae_server.galleries import Gallery, Pulls
 from matvae_server.images import Limits
@@ -95,9 +96,9 @@ class EmbeddingCore:
                 pixels = imaging.from_raw(request.raw, count, shape)
                 encoded = await self._encode(model, pixels, call)
         elif request.HasField("encoded"):
+            count = len(request.encoded.files)
+            imaging.check_count(count, self._limits, "encoded.files")  # first: a list of 8 million takes its time
             files = list(request.encoded.files)
-            imaging.check_count(len(files), self._limits, "encoded.files")
-            count = len(files)
             call.images += count
             with model.admission.admit(count, call.seconds_left, before=self._decoders.predict(count)):
                 pixels, errors = await self._decode(files, shape)
@@ -200,13 +201,15 @@ class EmbeddingCore:
         gallery = self.galleries.get(request.gallery)
         if gallery is None:
             there = ", ".join(self.galleries) or "none: the server has no --gallery"
-            raise NotFoundError(Reason.GALLERY_NOT_FOUND, f"no gallery {request.gallery!r} here; there are: {there}")
+            raise NotFoundError(
+                Reason.GALLERY_NOT_FOUND, f"no gallery {named(request.gallery)} here; there are: {there}"
+            )
         live = gallery.card.fingerprint
         if request.expected_fingerprint not in ("", live):
             raise FailedPreconditionError(
                 Reason.FINGERPRINT_MISMATCH,
-                f"gallery {gallery.name!r} has fingerprint {live}, not the expected {request.expected_fingerprint}: "
-                "codes of the two do not mix; pull it anew, into another place",
+                f"gallery {gallery.name!r} has fingerprint {live}, not the expected "
+                f"{named(request.expected_fingerprint)}: codes of the two do not mix; pull it anew, into another place",
             )
         offset, stop, precision = _wanted_slice(request, gallery.card.network.dimensions)
         call.model, call.dimensions, call.precision = gallery.card.name, stop - offset, precision

@@ -200,6 +200,16 @@ def test_an_unknown_model_lists_the_live_ones(stub: Stub, model: pb.GetModelResp
     assert model.card.name in error.details()
 
 
+@pytest.mark.parametrize("letter", ["x", "\N{GRINNING FACE}", "\0", '"'], ids=["x", "emoji", "nul", "quote"])
+def test_a_name_of_any_length_is_told_in_part(stub: Stub, model: pb.GetModelResponse, letter: str) -> None:
+    for length in (1, 100, 101, 1000, 100_000):
+        error = failure(stub.Embed, pb.EmbedRequest(model=length * letter))
+        assert (error.code(), reason(error)) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
+        assert repr(min(length, 100) * letter) in error.details()
+        wrong = pb.EmbedRequest(raw=raw(GOOD), expected_fingerprint=length * letter)
+        assert failure(stub.Embed, wrong).code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
 def test_another_expected_fingerprint_fails_naming_both(stub: Stub, model: pb.GetModelResponse) -> None:
     expected = "0" * 64
     for call, request in (

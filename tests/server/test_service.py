@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from matvae_server import runtimes
 from matvae_server.call import Call
 from matvae_server.config import ServerConfig
 from matvae_server.decoding import DecodePool
+from matvae_server.errors import ServiceError
 from matvae_server.images import Limits
 from matvae_server.models import Models
 from matvae_server.service import EmbeddingCore
@@ -84,3 +86,34 @@ def test_a_code_that_is_not_finite_is_left_out_and_named(
     assert [(error.index, "not finite" in error.message) for error in reply.errors] == [(2, True)]
     good = np.frombuffer(reply.codes.data, "<f4").reshape(3, -1)
     assert np.allclose(good, encoder.inner.encode(pixels[[0, 1, 3]]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (pb.EmbedRequest(raw=pb.RawImages(shape=[1] * 200_000)), "of 200000 numbers is not"),
+        (pb.EmbedRequest(encoded=pb.EncodedImages(files=[b""] * 200_000)), "200000 images in one request"),
+        (pb.EmbedRequest(model="\0" * 2_000_000), "no model '"),
+    ],
+    ids=["shape", "files", "name"],
+)
+def test_what_has_too_much_is_refused_before_it_is_looked_at(
+    encoder: Recording, monkeypatch: pytest.MonkeyPatch, request_: pb.EmbedRequest, said: str
+) -> None:
+    """On the event loop, where millions of anything keep everybody waiting; here by the memory that it takes."""
+    real = EmbeddingCore.embed
+
+    async def measured(core: EmbeddingCore, request: pb.EmbedRequest, call: Call) -> pb.EmbedResponse:
+        tracemalloc.start()
+        try:
+            return await real(core, request, call)
+        finally:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+
+    peaks: list[int] = []
+    monkeypatch.setattr(EmbeddingCore, "embed", measured)
+    with pytest.raises(ServiceError, match=said) as refused:
+        embed(encoder, request_, monkeypatch)
+    assert peaks[0] < len(request_.model) + 100_000
+    assert len(str(refused.value)) < 1000

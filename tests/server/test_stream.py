@@ -21,6 +21,7 @@ from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_server.call import Call
 from matvae_server.config import ServerConfig
 from matvae_server.decoding import DecodePool
+from matvae_server.errors import InvalidArgumentError, NotFoundError, Reason
 from matvae_server.images import Limits
 from matvae_server.models import Models
 from matvae_server.service import EmbeddingCore
@@ -214,3 +215,10 @@ def test_a_slow_reader_holds_nobody_up_and_is_answered(stub: Stub) -> None:
     assert len(ask(stub, [message(n, IMAGES[n : n + 1]) for n in range(50)])) == 50
     replies = list(slow)
     assert {reply.id for reply in replies} == set(range(50))
+
+
+def test_what_a_stream_is_told_has_an_end() -> None:
+    for error in (NotFoundError(Reason.MODEL_NOT_FOUND, "é" * 10_000), InvalidArgumentError("images", "é" * 10_000)):
+        message = error.to_proto().message
+        assert message.endswith("é...")
+        assert 990 < len(message.encode()) < 1010
