@@ -78,7 +78,8 @@ def run(settings: Settings, *, target: str | None = None, server_flags: Sequence
         runs: list[list[Outcomes]] = [[] for _ in loads]
         for repeat, (number, rate) in itertools.product(range(settings.repeats), enumerate(rates)):
             print(f"offering {rate:,.0f} images/s", file=sys.stderr, flush=True)
-            runs[number].append(_offered(settings, offer, payload, rate, settings.seconds, 100 * (repeat + 1) + number))
+            seed = 100 * (repeat + 1) + number
+            runs[number].append(_offered(settings, offer, payload, rate, seconds=settings.seconds, seed=seed))
             if server and server.process.poll() is not None:
                 raise BenchmarkError(f"the server ended at {rate:,.0f} images/s: {server.stop()[1]}")
         payloads.checked_call(address, payload)
@@ -123,7 +124,9 @@ def _search(settings: Settings, offer: Offer, payload: payloads.Payload, rate: f
     for number, share in enumerate(_SEARCH):
         if number >= _ALWAYS and points[-1]["goodput"] < _MORE * max(point["goodput"] for point in points[:-1]):
             break
-        points.append(_point(settings, [_offered(settings, offer, payload, rate * share, brief, number)], brief))
+        points.append(
+            _point(settings, [_offered(settings, offer, payload, rate * share, seconds=brief, seed=number)], brief)
+        )
     return points
 
 
@@ -201,7 +204,7 @@ def tables(results: dict[str, Any]) -> list[Told]:
 
 
 def _offered(
-    settings: Settings, offer: Offer, payload: payloads.Payload, rate: float, seconds: float, seed: int
+    settings: Settings, offer: Offer, payload: payloads.Payload, rate: float, *, seconds: float, seed: int
 ) -> Outcomes:
     """What became of the requests of one load, in images/s."""
     due = open_loop.arrivals(rate / settings.images, seconds, kind=settings.arrivals, seed=seed)

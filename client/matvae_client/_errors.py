@@ -3,7 +3,7 @@
     MatvaeError
     ├── InvalidRequestError       INVALID_ARGUMENT: a field is wrong, found by the server or here; also a ValueError
     ├── NotFoundError             NOT_FOUND: no such model, head or metric
-    ├── FingerprintMismatchError  FAILED_PRECONDITION, but of a broken gallery: two embedding spaces would mix
+    ├── FingerprintMismatchError  FAILED_PRECONDITION, except of a broken gallery: two embedding spaces would mix
     ├── OverloadedError           RESOURCE_EXHAUSTED: come back in `retry_after` seconds; CANCELLED by the server
     ├── DeadlineError             DEADLINE_EXCEEDED: no answer in time
     ├── UnavailableError          UNAVAILABLE: no server answers, or this client was closed

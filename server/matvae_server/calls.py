@@ -234,18 +234,11 @@ async def _abort(context: Any, error: ServiceError, call: Call) -> NoReturn:
 
 def _ending(error: ServiceError, call: Call) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """The text of a call's status, and its trailers: the details are a google.rpc.Status there (grpc/proposal L44)."""
-    whole = str(error)
-    text = brief(whole)
-    details = (
-        []
-        if text != whole
-        else [
-            any_pb2.Any(
-                type_url=f"type.googleapis.com/{message.DESCRIPTOR.full_name}", value=message.SerializeToString()
-            )
-            for message in error.details()
-        ]
-    )
+    text = brief(str(error))
+    details = [
+        any_pb2.Any(type_url=f"type.googleapis.com/{message.DESCRIPTOR.full_name}", value=message.SerializeToString())
+        for message in error.details()
+    ]
     status = status_pb2.Status(code=error.status.value[0], message=text, details=details)
     return text, ((_DETAILS, status.SerializeToString()), *error.trailers(), *_trailers(call))
 

@@ -97,7 +97,7 @@ class InvalidArgumentError(ServiceError):
 
     def details(self) -> list[Message]:
         """With a BadRequest of the one violation."""
-        violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=self.description)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=brief(self.description))
         return [error_details_pb2.BadRequest(field_violations=[violation]), *super().details()]
 
     def to_proto(self) -> pb.CallError:

@@ -70,7 +70,7 @@ def test_the_search_goes_on_while_more_is_answered(monkeypatch, capsys) -> None:
     """A closed loop of few calls fills one of many workers, so its rate says little."""
     offered: list[float] = []
 
-    def served(_: object, __: object, ___: object, rate: float, *____: object) -> float:
+    def served(_: object, __: object, ___: object, rate: float, **____: object) -> float:
         offered.append(rate)
         return min(rate, 340)
 

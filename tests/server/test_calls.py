@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from PIL import Image
@@ -19,9 +19,10 @@ from PIL import Image
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae.v1 import embedding_pb2_grpc as pb_grpc
-from matvae_server.calls import GrpcAdapter
+from matvae_server.call import Call
+from matvae_server.calls import GrpcAdapter, _ending
 from matvae_server.card import fingerprint
-from matvae_server.errors import ResourceExhaustedError, ServiceError, UnauthenticatedError
+from matvae_server.errors import NotFoundError, Reason, ResourceExhaustedError, ServiceError, UnauthenticatedError
 from matvae_server.public import Health
 from matvae_server.security import TokenInterceptor, Tokens
 from matvae_server.transport import add_to_server
@@ -208,6 +209,16 @@ def test_a_name_of_any_length_is_told_in_part(stub: Stub, model: pb.GetModelResp
         assert repr(min(length, 100) * letter) in error.details()
         wrong = pb.EmbedRequest(raw=raw(GOOD), expected_fingerprint=length * letter)
         assert failure(stub.Embed, wrong).code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_a_long_message_is_cut_and_keeps_its_reason() -> None:
+    error = NotFoundError(Reason.IDS_NOT_FOUND, "\N{GRINNING FACE}" * 5000)
+    text, trailers = _ending(error, Call(method="PullGallery", request_id="r"))
+    assert len(text.encode()) < 1100
+    (detail,) = status_pb2.Status.FromString(dict(trailers)["grpc-status-details-bin"]).details
+    info = error_details_pb2.ErrorInfo()
+    assert detail.Unpack(info)
+    assert info.reason == "IDS_NOT_FOUND"
 
 
 def test_another_expected_fingerprint_fails_naming_both(stub: Stub, model: pb.GetModelResponse) -> None:
