@@ -12,6 +12,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grpc
 import prometheus_client as prometheus
@@ -33,6 +34,8 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client as it is imported
 _PUBLISH_SECONDS = 1.0
+SCRAPER_SECONDS = 10.0
+"""How long who scrapes may keep a thread waiting for the next bytes."""
 _QUEUE = "matvae_queue_images", "Images that are in the queue or being encoded."
 _BOUND = "matvae_queue_bound_images", "Images that the queue holds; calls beyond it are refused."
 _DECODING = "matvae_decode_queue_codes", "Codes that wait for the decoders or are being decoded."
@@ -263,6 +266,13 @@ def endpoint(config: ServerConfig, registry: prometheus.CollectorRegistry) -> It
             f"cannot serve metrics on {bracketed(config.host)}:{config.metrics_port}: {error.strerror}. "
             "Choose another port with --metrics-port (0: a free one) or --host"
         ) from None
+    handler: Any = server.RequestHandlerClass
+
+    def handle(self: Any) -> None:
+        with contextlib.suppress(OSError):  # whose traceback would be on stderr
+            handler.handle(self)
+
+    server.RequestHandlerClass = type("Handler", (handler,), {"timeout": SCRAPER_SECONDS, "handle": handle})
     try:
         yield f"http://{bracketed(config.host)}:{server.server_port}/metrics"
     finally:

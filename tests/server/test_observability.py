@@ -285,6 +285,21 @@ def test_labels_cannot_multiply() -> None:
     assert sum(name.startswith("matvae_") for name, _ in samples) < 40
 
 
+def test_who_scrapes_and_says_nothing_is_hung_up_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics, "SCRAPER_SECONDS", 0.2)
+    counted = metrics.Metrics()
+    with metrics.endpoint(ServerConfig(metrics_port=0), counted.registry) as url:
+        host, _, port = url.split("/")[2].rpartition(":")
+        for said in (b"", b"GET /metrics HTTP/1.1\r\n"):
+            with socket.create_connection((host, int(port)), timeout=TIMEOUT) as peer:
+                peer.sendall(said)
+                assert peer.recv(1) == b""
+        assert scrape(url)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_images_of_what_failed_are_counted_by_method_and_code() -> None:
     counted = metrics.Metrics()
     for images, code in ((3, grpc.StatusCode.OK), (5, grpc.StatusCode.RESOURCE_EXHAUSTED)):
