@@ -23,7 +23,7 @@ REFLECTION = ("grpc.reflection.v1.ServerReflection", reflection.SERVICE_NAME)
 MOST_BYTES = 4096
 """The longest message that is taken: it says a name."""
 
-_ANSWERED = 1000
+_ANSWERED = 4000
 """How many calls of health may be open on a port at a time."""
 _RECEIVED = 32
 """How many messages are received at a time: each may claim to be of 16 MiB, and gRPC takes that in before it tells."""
