@@ -184,8 +184,10 @@ def _problem(response: pb.GetModelResponse, ranges: int) -> str | None:
     card = response.card
     if ranges != card.dimensions or not card.fingerprint or not response.limits.max_images_per_request:
         return "it lacks ranges, a fingerprint or limits"
-    if not 1 <= card.dimensions <= _LONGEST or not all(1 <= prefix <= card.dimensions for prefix in card.prefixes):
-        return f"codes have 1 to {_LONGEST} dimensions and prefixes are of these, it says {card.dimensions}"
+    if not 1 <= card.dimensions <= _LONGEST:
+        return f"no code has {card.dimensions} dimensions: 1 to {_LONGEST}"
+    if odd := [prefix for prefix in card.prefixes if not 1 <= prefix <= card.dimensions]:
+        return f"no prefix of {card.dimensions} dimensions has {odd[0]}"
     shape = card.input.height, card.input.width, card.input.channels
     if not all(1 <= side <= _LONGEST for side in shape) or math.prod(shape) > _MOST_VALUES:
         return f"no input is of {' x '.join(map(str, shape))}: sides are 1 to {_LONGEST}, in all at most {_MOST_VALUES}"

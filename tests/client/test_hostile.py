@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from matvae import store
+from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 from matvae_client import Codes, CodesDirectory, EmbeddingClient, PrefixClassifier, ServerError, _galleries
 
@@ -103,6 +104,15 @@ def test_only_removals_of_what_is_held_are_kept(
     assert max(kept[11:]) == 0
 
 
+def lengthen(card: pb.ModelCard, dimensions: int) -> None:
+    values = np.ones(dimensions, np.float32)
+    ranges = codec.Quantiser(
+        int8_low=-values, int8_high=values, binary_threshold=values, binary_below=values, binary_above=values
+    )
+    card.dimensions = dimensions
+    card.quantiser.CopyFrom(codec.quantiser_to_proto(ranges))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -112,8 +122,9 @@ def test_only_removals_of_what_is_held_are_kept(
             f"4 x {2**31} x 1: sides",
         ),
         (lambda card: setattr(card.input, "channels", 0), "no input is of 4 x 4 x 0"),
-        (lambda card: card.prefixes.append(2**32 - 1), "prefixes are of these"),
-        (lambda card: card.prefixes.append(0), "prefixes are of these"),
+        (lambda card: card.prefixes.append(2**32 - 1), f"no prefix of 16 dimensions has {2**32 - 1}"),
+        (lambda card: card.prefixes.append(0), "no prefix of 16 dimensions has 0"),
+        (lambda card: lengthen(card, 2**16 + 1), "no code has 65537 dimensions: 1 to 65536"),
         (lambda card: card.metrics.add(name="knn", precision=1, value=math.nan), "measured of knn is not finite"),
         (lambda card: card.metrics.add(name="knn", precision=1, interval_low=-math.inf), "is not finite"),
     ],
