@@ -27,6 +27,7 @@ from matvae_server.errors import (
     NotFoundError,
     Reason,
     ResourceExhaustedError,
+    named,
 )
 from matvae_server.places import Places
 
@@ -192,7 +193,7 @@ class Gallery:
         held = self._rows(manifest, [part for _, part in parts], names)
         unknown = [name for name in dict.fromkeys(wanted) if name not in held]
         if unknown:
-            some = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+            some = ", ".join(map(named, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
             where = f"version {manifest.version} of gallery {self.name!r}"
             raise NotFoundError(Reason.IDS_NOT_FOUND, f"{len(unknown)} of {len(names)} ids are not in {where}: {some}")
         yield pb.PullGalleryResponse(start=pb.PullStart(version=manifest.version, count=len(wanted)))
