@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -20,9 +21,15 @@ from matvae.v1 import embedding_pb2_grpc as pb_grpc
 from matvae_bench.server_process import ServerProcess, ServerStartError
 from matvae_client import Codes, CodesDirectory
 from matvae_server.bundle import Bundle
-from matvae_server.errors import FailedPreconditionError, NotFoundError
+from matvae_server.call import Call
+from matvae_server.config import ServerConfig
+from matvae_server.decoding import DecodePool
+from matvae_server.errors import FailedPreconditionError, NotFoundError, ResourceExhaustedError
 from matvae_server.galleries import MESSAGE_BYTES, MOST_IDS, MOST_PULLS, Gallery, GalleryError
+from matvae_server.images import Limits
+from matvae_server.models import Models
 from matvae_server.places import Places
+from matvae_server.service import EmbeddingCore
 
 TIMEOUT = 30
 ROWS = 5000
@@ -399,32 +406,35 @@ def test_names_of_one_hash_are_told_apart(
     assert np.array_equal(found["ü3999"], random_codes.rows[3999])
 
 
-def test_more_pulls_than_a_server_reads_at_a_time_are_told_to_come_back(keeper: pb_grpc.EmbeddingServiceStub) -> None:
+def test_more_pulls_than_a_server_reads_at_a_time_are_told_to_come_back(
+    gallery: CodesDirectory, bundle: Bundle
+) -> None:
+    """In this process: of a gallery this small all messages fit into the network, however slow their reader is."""
     request = pb.PullGalleryRequest(gallery="random")
-    slow = [keeper.PullGallery(request, timeout=TIMEOUT) for _ in range(MOST_PULLS)]  # who read one message each
-    for messages in slow:
-        assert next(messages).HasField("start")
-    with pytest.raises(grpc.RpcError) as refused:
-        next(keeper.PullGallery(request, timeout=TIMEOUT))
-    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "32 pulls run here, the most that may at a time; come back in" in refused.value.details()
-    assert "grpc-retry-pushback-ms" in dict(refused.value.trailing_metadata())
-    assert list(slow[0])[-1].HasField("end")
-    assert [message.WhichOneof("part") for message in pull(keeper, ids=["ü1"])] == ["start", "rows", "end"]
-    for messages in slow[1:]:
-        messages.cancel()
-    deadline = time.monotonic() + TIMEOUT
-    while not all_begin(keeper):  # until the server has heard of it
-        assert time.monotonic() < deadline
 
+    async def run() -> None:
+        config = ServerConfig()
+        with contextlib.closing(DecodePool(1, config)) as decoders:
+            here = [Gallery.open("random", gallery.path, [bundle.card])]
+            core = EmbeddingCore(Models(config), limits=Limits(), decoders=decoders, galleries=here)
 
-def all_begin(stub: pb_grpc.EmbeddingServiceStub) -> bool:
-    """Whether as many as may have their first message at a time."""
-    calls = [stub.PullGallery(pb.PullGalleryRequest(gallery="random"), timeout=TIMEOUT) for _ in range(MOST_PULLS)]
-    try:
-        return all([next(messages).HasField("start") for messages in calls])
-    except grpc.RpcError:
-        return False
-    finally:
-        for messages in calls:
-            messages.cancel()
+            def pull() -> AsyncGenerator[pb.PullGalleryResponse, None]:
+                return core.pull_gallery(request, Call(method="PullGallery", request_id="test"))
+
+            slow = [pull() for _ in range(MOST_PULLS)]  # who took one message each
+            for messages in slow:
+                assert (await anext(messages)).HasField("start")
+            with pytest.raises(ResourceExhaustedError, match="32 pulls run here, the most that may at a time"):
+                await anext(pull())
+            await slow[0].aclose()  # gone
+            [*_, last] = [message async for message in slow[1]]  # done
+            assert last.HasField("end")
+            for _ in range(2):
+                slow.append(pull())
+                assert (await anext(slow[-1])).HasField("start")
+            with pytest.raises(ResourceExhaustedError):
+                await anext(pull())
+            for messages in slow:
+                await messages.aclose()
+
+    asyncio.run(run())
