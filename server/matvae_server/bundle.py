@@ -101,8 +101,6 @@ def load(path: Path) -> Bundle:
         card = cards.Card.loads(_read(path, CARD))
     except cards.CardError as error:
         raise BundleError(f"{path}: {error}") from None
-    except RecursionError:
-        raise BundleError(f"{path / CARD} is nested too deeply to be a card") from None
     contents = {}
     for name in FILES:
         expected = card.files.get(name)

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from matvae.tensors import loads
 from matvae.v1 import codec
 from matvae.v1 import embedding_pb2 as pb
 
@@ -186,7 +187,7 @@ class Card:
     def loads(cls, text: bytes) -> Self:
         """Parse and check `card.json`. Raises CardError, naming the field."""
         try:
-            fields = json.loads(text)
+            fields = loads(text)
         except ValueError as error:
             raise CardError(f"card.json is not JSON: {error}") from None
         if not isinstance(fields, dict) or not isinstance(fields.get("format"), int):
